@@ -1,0 +1,1 @@
+"""The API process: REST and SSE over HTTP."""

@@ -1,0 +1,1 @@
+"""ZIP archives: names, layout and bytes; pure computation and streaming, no S3 or Redis client."""

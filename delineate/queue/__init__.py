@@ -1,0 +1,1 @@
+"""Everything Redis: keys, the job queue, progress events, the Lua transitions."""

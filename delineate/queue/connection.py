@@ -1,0 +1,48 @@
+"""Connections to Redis, and the translation of everything that can go wrong with them.
+
+redis-py's own retries are off: it would silently repeat a BLMOVE whose reply
+was lost and so orphan a job. Who may repeat what is decided in queue.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis.exceptions
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from delineate.config import RedisConfig
+from delineate.errors import QueueUnavailable
+
+
+def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis:
+    """A client that opens connections when they are needed; close it with `aclose()`.
+
+    `reply_timeout` seconds to wait for one reply instead of `operation_timeout`:
+    a blocking command needs its own waiting time and some more.
+    """
+    return Redis.from_url(
+        config.url,
+        **({"password": config.password} if config.password else {}),
+        # RESP2: the scripts' replies are plain arrays, and every proxy and older server speaks it.
+        protocol=2,
+        socket_timeout=reply_timeout or config.operation_timeout,
+        socket_connect_timeout=config.connect_timeout,
+        socket_keepalive=True,
+        health_check_interval=0,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=config.max_connections,
+        decode_responses=True,
+    )
+
+
+@contextmanager
+def unavailable(doing: str) -> Iterator[None]:
+    """Turn whatever keeps Redis from serving into QueueUnavailable; `doing` starts its message."""
+    try:
+        yield
+    except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
+        raise QueueUnavailable(f"{doing}: Redis is not available: {error or type(error).__name__}") from error

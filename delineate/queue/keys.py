@@ -1,0 +1,51 @@
+"""Every Redis key and channel of delineate; the one list.
+
+All keys of one queue share a hash tag, so that on Redis Cluster each Lua
+transition finds everything it touches in one slot.
+
+    job:{id}              hash    one job; ends 24 h after the job did (failed: 7 days)
+    user:{id}:jobs        zset    a caller's job ids by creation time; 7 days
+    queue:wait            list    ids that may be claimed, oldest at the right
+    queue:active:{worker} list    ids a worker process holds: the list names its owner
+    queue:delayed         zset    ids of attempts waiting for their backoff, by due time (ms)
+    queue:failed          list    dead letters, newest at the left
+    queue:workers         zset    worker ids by the end of their lease (ms); negative: declared dead at
+                                  that time, kept for a while so that a late BLMOVE into its list is found
+    idem:{user}:{key}     string  "<fingerprint> <job id>" of an Idempotency-Key; 24 h
+    limit:{caller}        string  state of a caller's rate limit; one window
+    channel job:{id}      pub/sub versioned events
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+
+class Keys:
+    """Names for one prefix; `base` is what Lua puts in front of the keys it makes itself."""
+
+    def __init__(self, prefix: str) -> None:
+        self.base = f"{prefix}:{{export}}:"
+        self.wait = f"{self.base}queue:wait"
+        self.delayed = f"{self.base}queue:delayed"
+        self.failed = f"{self.base}queue:failed"
+        self.workers = f"{self.base}queue:workers"
+
+    def job(self, job_id: str) -> str:
+        return f"{self.base}job:{job_id}"
+
+    def channel(self, job_id: str) -> str:
+        return f"{self.base}job:{job_id}"
+
+    def active(self, worker: str) -> str:
+        return f"{self.base}queue:active:{worker}"
+
+    def user_jobs(self, user: str) -> str:
+        return f"{self.base}user:{user}:jobs"
+
+    def idempotency(self, user: str, key: str) -> str:
+        # A client chooses the key: the digest bounds its length and its characters.
+        return f"{self.base}idem:{user}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+    def limit(self, caller: str) -> str:
+        return f"{self.base}limit:{caller}"
