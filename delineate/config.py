@@ -39,7 +39,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every section: frozen, and an unknown key is an error."""
 
 
-class ApiConfig(Section):
+class ApiConfig(Section, frozen=True, kw_only=True):
     host: Name
     port: Port
     request_timeout: Seconds
@@ -51,14 +51,14 @@ class ApiConfig(Section):
     secure_cookies: bool
 
 
-class SseConfig(Section):
+class SseConfig(Section, frozen=True, kw_only=True):
     heartbeat: Annotated[float, msgspec.Meta(gt=0, lt=100)]
     max_duration: Seconds
     retry: Seconds
     max_buffer_bytes: Annotated[int, msgspec.Meta(ge=4096, le=16_777_216)]
 
 
-class RedisConfig(Section):
+class RedisConfig(Section, frozen=True, kw_only=True):
     url: Name
     password: str
     prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
@@ -67,7 +67,7 @@ class RedisConfig(Section):
     max_connections: Annotated[int, msgspec.Meta(ge=4, le=10_000)]
 
 
-class QueueConfig(Section):
+class QueueConfig(Section, frozen=True, kw_only=True):
     max_waiting: Count
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     internal_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
@@ -79,20 +79,20 @@ class QueueConfig(Section):
     janitor_interval: Seconds
 
 
-class RetentionConfig(Section):
+class RetentionConfig(Section, frozen=True, kw_only=True):
     job: Seconds
     failed: Seconds
     user_jobs: Seconds
     idempotency: Seconds
 
 
-class RateLimitConfig(Section):
+class RateLimitConfig(Section, frozen=True, kw_only=True):
     enabled: bool
     requests: Count
     window: Seconds
 
 
-class StorageConfig(Section):
+class StorageConfig(Section, frozen=True, kw_only=True):
     endpoint_url: str
     public_endpoint_url: str
     region: Name
@@ -111,7 +111,7 @@ class StorageConfig(Section):
     link_lifetime: Annotated[int, msgspec.Meta(ge=1, le=604_800)]
 
 
-class ArchiveConfig(Section):
+class ArchiveConfig(Section, frozen=True, kw_only=True):
     # S3 refuses parts under 5 MiB and over 5 GiB:
     # https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
     part_bytes: Annotated[int, msgspec.Meta(ge=5_242_880, le=1_073_741_824)]
@@ -122,35 +122,35 @@ class ArchiveConfig(Section):
     max_name_bytes: Annotated[int, msgspec.Meta(ge=32, le=65_535)]
 
 
-class WorkerConfig(Section):
+class WorkerConfig(Section, frozen=True, kw_only=True):
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=1000)]
     job_timeout: Seconds
     drain_timeout: Seconds
     progress_interval: Annotated[float, msgspec.Meta(ge=0.05, le=60)]
 
 
-class SimulatedDelayConfig(Section):
+class SimulatedDelayConfig(Section, frozen=True, kw_only=True):
     enabled: bool
     min: Annotated[float, msgspec.Meta(ge=0, le=3600)]
     max: Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
-class ProcessingConfig(Section):
+class ProcessingConfig(Section, frozen=True, kw_only=True):
     simulated_delay: SimulatedDelayConfig
 
 
-class LogConfig(Section):
+class LogConfig(Section, frozen=True, kw_only=True):
     level: Literal["debug", "info", "warning", "error"]
     format: Literal["json", "text"]
 
 
-class TelemetryConfig(Section):
+class TelemetryConfig(Section, frozen=True, kw_only=True):
     otlp_endpoint: str
     sample_ratio: Ratio
     metrics_dir: str
 
 
-class Config(Section):
+class Config(Section, frozen=True, kw_only=True):
     """Everything a process needs to know; `environment` is DELINEATE_ENV."""
 
     environment: Literal["development", "production", "test"]
@@ -215,7 +215,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
@@ -239,7 +239,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     try:
-        content = yaml.load(text, _StrictLoader)
+        content = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -300,7 +300,7 @@ def _from_environment(
 
 def _read_secret(name: str, path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             content = file.read(MAX_SECRET_FILE_BYTES + 1)
         if len(content) > MAX_SECRET_FILE_BYTES:
             raise ConfigError(f"environment variable {name}: {path} is larger than {MAX_SECRET_FILE_BYTES} bytes")
@@ -317,7 +317,7 @@ def _parse(text: str, wanted: Any) -> Any:
     if base == tuple[str, ...] and not text.lstrip().startswith("["):
         return [item.strip() for item in text.split(",") if item.strip()]
     try:
-        return yaml.load(text, _StrictLoader)
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         return text  # not a value of any kind; the check that follows says what is wanted
 

@@ -1,37 +1,37 @@
 """Every error delineate raises on purpose, and who has to act on it.
 
-    DelineateError
-     |- RequestError               the client acts: its request cannot be served as it is
-     |   |- InvalidRequest         400  something in the body, path, query or headers is wrong
-     |   |- Unauthorized           401
-     |   |- Forbidden              403
-     |   |- JobNotFound            404  no such job, or it is not the caller's
-     |   |- RouteNotFound          404  no such path
-     |   |- MethodNotAllowed       405
-     |   |- JobNotReady            409  no archive to download yet, or never
-     |   |- JobFinished            409  too late to cancel
-     |   |- JobNotRetryable        409  only failed and cancelled jobs go back
-     |   |- ArchiveExpired         410
-     |   |- BodyTooLarge           413
-     |   |- WrongContentType       415
-     |   |- IdempotencyConflict    422  same key, other body
-     |   |- RateLimited            429  with retry_after
-     |   '- QueueFull              503  with retry_after
-     |- JobError                   an attempt at a job failed; `error_class` says whether it is tried again
-     |   |- FilesMissing           not_found: never again
-     |   |- AccessRefused          permission: never again
-     |   |- ArchiveTooLarge        validation: never again
-     |   |- SourceChanged          network: a file changed between plan and read
-     |   |- StorageTimeout         timeout: again, with backoff
-     |   |- StorageUnavailable     network: again, with backoff
-     |   |- JobTimeout             timeout: again, with backoff
-     |   '- InternalError          internal: once more, and logged as an alert
-     |- QueueUnavailable           the caller waits and repeats; a client sees 503 with Retry-After
-     |- LeaseLost                  nobody acts: another worker, or a cancel, owns the job now
-     '- OperatorError              the operator acts; printed as one line, exit code 2
-         |- ConfigError            what, where and what is allowed
-         |- BucketMissing
-         '- StartupError           a port in use, a missing tool, a server that did not come up
+DelineateError
+ |- RequestError               the client acts: its request cannot be served as it is
+ |   |- InvalidRequest         400  something in the body, path, query or headers is wrong
+ |   |- Unauthorized           401
+ |   |- Forbidden              403
+ |   |- JobNotFound            404  no such job, or it is not the caller's
+ |   |- RouteNotFound          404  no such path
+ |   |- MethodNotAllowed       405
+ |   |- JobNotReady            409  no archive to download yet, or never
+ |   |- JobFinished            409  too late to cancel
+ |   |- JobNotRetryable        409  only failed and cancelled jobs go back
+ |   |- ArchiveExpired         410
+ |   |- BodyTooLarge           413
+ |   |- WrongContentType       415
+ |   |- IdempotencyConflict    422  same key, other body
+ |   |- RateLimited            429  with retry_after
+ |   '- QueueFull              503  with retry_after
+ |- JobError                   an attempt at a job failed; `error_class` says whether it is tried again
+ |   |- FilesMissing           not_found: never again
+ |   |- AccessRefused          permission: never again
+ |   |- ArchiveTooLarge        validation: never again
+ |   |- SourceChanged          network: a file changed between plan and read
+ |   |- StorageTimeout         timeout: again, with backoff
+ |   |- StorageUnavailable     network: again, with backoff
+ |   |- JobTimeout             timeout: again, with backoff
+ |   '- InternalError          internal: once more, and logged as an alert
+ |- QueueUnavailable           the caller waits and repeats; a client sees 503 with Retry-After
+ |- LeaseLost                  nobody acts: another worker, or a cancel, owns the job now
+ '- OperatorError              the operator acts; printed as one line, exit code 2
+     |- ConfigError            what, where and what is allowed
+     |- BucketMissing
+     '- StartupError           a port in use, a missing tool, a server that did not come up
 """
 
 from __future__ import annotations

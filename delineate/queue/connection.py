@@ -17,6 +17,17 @@ from redis.backoff import NoBackoff
 from delineate.config import RedisConfig
 from delineate.errors import QueueUnavailable
 
+_CANNOT_SERVE = (
+    redis.exceptions.AuthenticationError,
+    redis.exceptions.AuthenticationWrongNumberOfArgsError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+)
+# redis-py has no class of its own for these; https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
+_CANNOT_SERVE_CODES = ("MISCONF", "MASTERDOWN", "BUSY", "LOADING", "NOREPLICAS", "READONLY", "OOM")
+
 
 def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis:
     """A client that opens connections when they are needed; close it with `aclose()`.
@@ -26,7 +37,8 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
     """
     return Redis.from_url(
         config.url,
-        **({"password": config.password} if config.password else {}),
+        # None leaves a password that stands in the URL alone.
+        password=config.password or None,
         # RESP2: the scripts' replies are plain arrays, and every proxy and older server speaks it.
         protocol=2,
         socket_timeout=reply_timeout or config.operation_timeout,
@@ -44,5 +56,10 @@ def unavailable(doing: str) -> Iterator[None]:
     """Turn whatever keeps Redis from serving into QueueUnavailable; `doing` starts its message."""
     try:
         yield
-    except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
-        raise QueueUnavailable(f"{doing}: Redis is not available: {error or type(error).__name__}") from error
+    except redis.exceptions.ResponseError as error:
+        # Anything else the server answers is a mistake of ours and must be seen as one.
+        if not isinstance(error, _CANNOT_SERVE) and not str(error).startswith(_CANNOT_SERVE_CODES):
+            raise
+        raise QueueUnavailable(f"{doing}: Redis cannot serve now: {error}") from error
+    except (redis.exceptions.RedisError, OSError) as error:
+        raise QueueUnavailable(f"{doing}: Redis is not available: {str(error) or type(error).__name__}") from error

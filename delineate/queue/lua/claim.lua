@@ -1,0 +1,44 @@
+-- claim: a worker takes jobs; each gets a new fencing token and a new attempt.
+--
+-- Ids given by name lie in the worker's list already: one that BLMOVE brought,
+-- or one whose claim reply was lost. The latter gets a new token but is not
+-- charged another attempt. Ids that may not run (cancelled meanwhile, gone)
+-- only leave the list.
+--
+-- KEYS  1 wait (list)  2 the worker's active (list)  3 workers (zset)
+-- ARGV  1 base of all keys  2 worker  3 how many to take from wait  4.. ids by name
+-- Returns 'fenced' if the worker was declared dead, else a list of job hashes
+--       (each field, value, ...)
+-- Publishes each claimed job.
+local wait, active, workers = KEYS[1], KEYS[2], KEYS[3]
+local base, worker, count = ARGV[1], ARGV[2], tonumber(ARGV[3])
+
+local lease_end = redis.call('ZSCORE', workers, worker)
+if not lease_end or tonumber(lease_end) <= 0 then return 'fenced' end
+
+local now, claimed = clock(), {}
+local function take(id, by_name)
+  local job = base .. 'job:' .. id
+  local f = redis.call('HMGET', job, 'status', 'worker')
+  if f[1] == 'queued' then
+    redis.call('HINCRBY', job, 'attempts', 1)
+  elseif not (by_name and f[1] == 'processing' and f[2] == worker) then
+    redis.call('LREM', active, -1, id)
+    return
+  end
+  redis.call('HINCRBY', job, 'token', 1)
+  redis.call('HSETNX', job, 'started_at', now)
+  redis.call('HDEL', job, 'due_at')
+  redis.call('HSET', job, 'status', 'processing', 'worker', worker, 'stage', 'planning',
+    'message', 'Looking up the files', 'progress', 0, 'current_file', 0, 'bytes_done', 0, 'bytes_total', 0)
+  publish(job, now)
+  claimed[#claimed + 1] = redis.call('HGETALL', job)
+end
+
+for i = 4, #ARGV do take(ARGV[i], true) end
+while #claimed < count do
+  local id = redis.call('LMOVE', wait, active, 'RIGHT', 'LEFT')
+  if not id then break end
+  take(id, false)
+end
+return claimed

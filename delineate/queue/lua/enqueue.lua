@@ -1,0 +1,44 @@
+-- enqueue: a new job is accepted, or one is returned that was accepted before.
+--
+-- KEYS  1 job (hash)  2 the user's jobs (zset)  3 wait (list)  4 delayed (zset)
+--       5 idempotency record (string)
+-- ARGV  1 id  2 user  3 file ids (JSON)  4 number of files  5 on_missing
+--       6 fingerprint of what was asked  7 traceparent  8 request id
+--       9 most jobs that may wait  10 life of the user's list (s)
+--       11 life of the idempotency record (s), 0 without one  12 base of all keys
+-- Returns {outcome, job id}: 'accepted'; 'known' - this id is here already (the
+--       reply was lost and the call repeated); 'withdrawn' - this id was given
+--       up before; 'replayed' - the idempotency key belongs to that other job;
+--       'conflict' - the key came with another fingerprint; 'full'
+-- Publishes nothing: nobody can know the id yet.
+local job, user_jobs, wait, delayed, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local id, user, fingerprint, idem_ttl = ARGV[1], ARGV[2], ARGV[6], tonumber(ARGV[11])
+
+local status = redis.call('HGET', job, 'status')
+if status == 'withdrawn' then return {'withdrawn', id} end
+if status then return {'known', id} end
+
+if idem_ttl > 0 then
+  local known = redis.call('GET', idem)
+  if known then
+    local separator = string.find(known, ' ', 1, true)
+    local earlier = string.sub(known, separator + 1)
+    if redis.call('EXISTS', ARGV[12] .. 'job:' .. earlier) == 1 then
+      if string.sub(known, 1, separator - 1) ~= fingerprint then return {'conflict', ''} end
+      return {'replayed', earlier}
+    end
+  end
+end
+if redis.call('LLEN', wait) + redis.call('ZCARD', delayed) >= tonumber(ARGV[9]) then return {'full', ''} end
+
+local now = clock()
+redis.call('HSET', job, 'id', id, 'user', user, 'status', 'queued', 'file_ids', ARGV[3], 'total_files', ARGV[4],
+  'on_missing', ARGV[5], 'traceparent', ARGV[7], 'request_id', ARGV[8], 'progress', 0, 'current_file', 0,
+  'bytes_done', 0, 'bytes_total', 0, 'stage', 'waiting', 'message', 'Waiting for a worker', 'attempts', 0,
+  'crashes', 0, 'token', 0, 'version', 1, 'worker', '', 'created_at', now, 'updated_at', now)
+redis.call('ZADD', user_jobs, now, id)
+redis.call('ZREMRANGEBYSCORE', user_jobs, '-inf', now - ARGV[10] * 1000)
+redis.call('EXPIRE', user_jobs, ARGV[10])
+if idem_ttl > 0 then redis.call('SET', idem, fingerprint .. ' ' .. id, 'EX', idem_ttl) end
+redis.call('LPUSH', wait, id)
+return {'accepted', id}

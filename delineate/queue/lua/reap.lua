@@ -1,0 +1,59 @@
+-- reap: the jobs of dead workers go back to the front of the line.
+--
+-- Run by every worker; there is no leader and no lock, because it is one
+-- script. A crash charges no attempt but counts for itself: a job that loses
+-- its worker too often is buried. A dead worker is remembered for a while and
+-- its list is looked at again, since a late BLMOVE can still land there.
+--
+-- KEYS  1 workers (zset)  2 wait (list)  3 failed (list)
+-- ARGV  1 base of all keys  2 most crashes of a job  3 life of a failed record (s)
+--       4 how many jobs at most  5 how long dead workers are remembered (ms)
+--       6 failure for a poison job (JSON)  7 message for a poison job
+-- Returns a flat list: worker, job id, 'requeued' or 'buried', ...
+-- Publishes each job that was being processed.
+local workers, wait, failed = KEYS[1], KEYS[2], KEYS[3]
+local base, max_crashes, left = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[4])
+local now, moved = clock(), {}
+
+local function reap_job(worker, id)
+  local job = base .. 'job:' .. id
+  local f = redis.call('HMGET', job, 'status', 'worker')
+  if f[1] == 'queued' then
+    -- Moved by BLMOVE but never claimed: nothing was lost, nothing is charged.
+    redis.call('RPUSH', wait, id)
+  elseif f[1] == 'processing' and f[2] == worker then
+    redis.call('HINCRBY', job, 'token', 1)
+    if redis.call('HINCRBY', job, 'crashes', 1) > max_crashes then
+      set_failed(job, failed, id, ARGV[6], ARGV[7], now, ARGV[3])
+      moved[#moved + 1] = worker
+      moved[#moved + 1] = id
+      moved[#moved + 1] = 'buried'
+      return
+    end
+    redis.call('HINCRBY', job, 'attempts', -1)
+    set_waiting(job, 'The worker was lost; waiting for another')
+    redis.call('RPUSH', wait, id)
+    publish(job, now)
+  else
+    return
+  end
+  moved[#moved + 1] = worker
+  moved[#moved + 1] = id
+  moved[#moved + 1] = 'requeued'
+end
+
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '(0', now)) do
+  redis.call('ZADD', workers, -now, worker)
+end
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', '(0')) do
+  local active = base .. 'queue:active:' .. worker
+  while left > 0 do
+    local id = redis.call('LPOP', active)
+    if not id then break end
+    left = left - 1
+    reap_job(worker, id)
+  end
+  local died = -tonumber(redis.call('ZSCORE', workers, worker))
+  if redis.call('LLEN', active) == 0 and now - died > tonumber(ARGV[5]) then redis.call('ZREM', workers, worker) end
+end
+return moved

@@ -1,0 +1,25 @@
+-- withdraw: a job whose acceptance could not be confirmed never runs.
+--
+-- The client was told 503. A tombstone stands in the job's place for a while,
+-- because the enqueue itself may still sit in a socket's buffer and come later.
+--
+-- KEYS  1 job (hash)  2 the user's jobs (zset)  3 wait (list)  4 idempotency record (string)
+-- ARGV  1 id  2 base of all keys  3 life of the tombstone (s)
+-- Returns 1 if a job was taken back, 0 if there was none
+-- Publishes nothing.
+local job, user_jobs, wait, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local id, base = ARGV[1], ARGV[2]
+
+local f = redis.call('HMGET', job, 'status', 'worker')
+local existed = f[1] and f[1] ~= 'withdrawn'
+if f[1] == 'queued' then redis.call('LREM', wait, 1, id) end
+if f[1] == 'processing' then redis.call('LREM', base .. 'queue:active:' .. f[2], 1, id) end
+if existed then
+  redis.call('ZREM', user_jobs, id)
+  local record = redis.call('GET', idem)
+  if record and string.sub(record, -#id) == id then redis.call('DEL', idem) end
+end
+redis.call('DEL', job)
+redis.call('HSET', job, 'status', 'withdrawn')
+redis.call('EXPIRE', job, ARGV[3])
+return existed and 1 or 0
