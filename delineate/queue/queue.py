@@ -192,7 +192,7 @@ class Queue:
         job = None if outcome == "missing" else await self.get(job_id)
         if job is None:
             raise JobNotFound(f"there is no job {job_id}")
-        if outcome != "queued":
+        if outcome != "requeued":
             raise JobNotRetryable(f"job {job_id} is {outcome}; only failed and cancelled jobs can be retried")
         return job
 

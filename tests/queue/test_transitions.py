@@ -72,12 +72,10 @@ class Bench:
 
 @asynccontextmanager
 async def bench(config: Config) -> AsyncIterator[Bench]:
-    redis = connect(config.redis)
-    async with open_queue(config) as queue:
+    async with connect(config.redis) as redis, open_queue(config) as queue:
         for worker in ("w1", "w2"):
             await queue.register(worker)
         yield Bench(config, queue, redis)
-    await redis.aclose()
 
 
 async def test_enqueue_puts_record_list_entry_and_user_entry_at_once(config: Config) -> None:
@@ -209,7 +207,7 @@ async def test_finish_publishes_once_and_starts_the_records_life(config: Config)
 async def test_every_settling_refuses_an_old_token_and_changes_nothing(config: Config, settle: str) -> None:
     async with bench(config) as b:
         lease = await b.claimed()
-        before = await b.redis.hgetall(b.keys.job(lease.job.id))  # type: ignore[misc]
+        before = await b.redis.hgetall(b.keys.job(lease.job.id))
         stale = msgspec.structs.replace(lease, token=lease.token - 1)
         calls = {
             "finish": lambda: b.queue.finish(stale, RESULT),
@@ -219,7 +217,7 @@ async def test_every_settling_refuses_an_old_token_and_changes_nothing(config: C
         }
         with pytest.raises(LeaseLost):
             await calls[settle]()
-        assert await b.redis.hgetall(b.keys.job(lease.job.id)) == before  # type: ignore[misc]
+        assert await b.redis.hgetall(b.keys.job(lease.job.id)) == before
         assert await b.active() == [lease.job.id]
 
 
@@ -262,12 +260,12 @@ async def test_bury_makes_a_dead_letter_that_stays_for_its_time(config: Config) 
         job = await b.queue.get(lease.job.id)
         assert job is not None
         assert (job.status, job.failure) == (JobStatus.FAILED, FAILURE)
-        assert await b.redis.lrange(b.keys.failed, 0, -1) == [job.id]  # type: ignore[misc]
+        assert await b.redis.lrange(b.keys.failed, 0, -1) == [job.id]
         assert 86400 < await b.redis.ttl(b.keys.job(job.id)) <= 604800
         assert await b.queue.sweep() == 0
         await b.redis.delete(b.keys.job(job.id))
         assert await b.queue.sweep() == 1
-        assert await b.redis.llen(b.keys.failed) == 0  # type: ignore[misc]
+        assert await b.redis.llen(b.keys.failed) == 0
 
 
 async def test_cancel_of_a_waiting_a_delayed_and_a_running_job(config: Config) -> None:
@@ -320,7 +318,7 @@ async def test_requeue_starts_a_failed_or_cancelled_job_over(config: Config, end
         job = await b.queue.requeue(lease.job.id)
         assert (job.status, job.attempts, job.failure, job.completed_at) == (JobStatus.QUEUED, 0, None, None)
         assert await b.waiting() == [job.id]
-        assert await b.redis.llen(b.keys.failed) == 0  # type: ignore[misc]
+        assert await b.redis.llen(b.keys.failed) == 0
         assert await b.redis.ttl(b.keys.job(job.id)) == -1
         with pytest.raises(JobNotRetryable):
             await b.queue.requeue(job.id)
@@ -375,7 +373,7 @@ async def test_a_job_that_loses_its_worker_too_often_is_buried(config: Config) -
         job = await b.queue.get(job_id)
         assert job is not None
         assert (job.status, job.failure and job.failure.code) == (JobStatus.FAILED, "worker_lost")
-        assert await b.redis.lrange(b.keys.failed, 0, -1) == [job_id]  # type: ignore[misc]
+        assert await b.redis.lrange(b.keys.failed, 0, -1) == [job_id]
 
 
 async def test_retire_hands_everything_back_and_late_moves_are_still_found(config: Config) -> None:
@@ -429,7 +427,7 @@ async def test_every_change_raises_the_version_and_is_published(config: Config) 
             (lease,) = await b.queue.claim("w1", 1)
             await b.queue.progress(lease, progress(10))
             await b.queue.finish(lease, RESULT)
-            events = []
+            events: list[dict[str, object]] = []
             while len(events) < 3:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2)
                 if message:
@@ -471,10 +469,10 @@ async def test_a_damaged_record_is_buried_and_does_not_stop_the_worker(
 ) -> None:
     async with bench(config) as b:
         damaged, good = await b.accepted(), await b.accepted()
-        await b.redis.hset(b.keys.job(damaged), "file_ids", "{not json")  # type: ignore[misc]
+        await b.redis.hset(b.keys.job(damaged), "file_ids", "{not json")
         leases = await b.queue.claim("w1", 2)
         assert [lease.job.id for lease in leases] == [good]
-        assert await b.redis.hget(b.keys.job(damaged), "status") == "failed"  # type: ignore[misc]
+        assert await b.redis.hget(b.keys.job(damaged), "status") == "failed"
         assert await b.active() == [good]
         assert damaged in caplog.text
 
