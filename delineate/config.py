@@ -182,7 +182,7 @@ def load_config(environ: Mapping[str, str] | None = None, conf_dir: Path | None 
         raise ConfigError(
             f"environment variable DELINEATE_ENV: {environment!r} is not allowed, use one of {', '.join(ENVIRONMENTS)}"
         )
-    folder = conf_dir or _conf_dir(environ)
+    folder = conf_dir or find_conf_dir(environ)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for file in (folder / "base.yml", folder / f"{environment}.yml"):
@@ -197,17 +197,23 @@ def load_config(environ: Mapping[str, str] | None = None, conf_dir: Path | None 
     return config
 
 
-def keys() -> list[str]:
-    """Every dotted key that exists, e.g. `queue.max_waiting`."""
-    return [".".join(key) for key, _ in _leaves(Config)]
+def read_environment() -> dict[str, str]:
+    """A copy of the environment, for `delineate up`, which makes one for the processes that it starts."""
+    return dict(os.environ)
 
 
-def _conf_dir(environ: Mapping[str, str]) -> Path:
+def find_conf_dir(environ: Mapping[str, str]) -> Path:
+    """The folder of base.yml and the overlays: DELINEATE_CONF_DIR, else ./conf, else the checkout's."""
     named = environ.get("DELINEATE_CONF_DIR")
     if named:
         return Path(named)
     here = Path("conf")
     return here if (here / "base.yml").is_file() else Path(__file__).resolve().parent.parent / "conf"
+
+
+def keys() -> list[str]:
+    """Every dotted key that exists, e.g. `queue.max_waiting`."""
+    return [".".join(key) for key, _ in _leaves(Config)]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -45,18 +45,36 @@ def find_rclone() -> str:
 
 def redis_command(folder: Path, port: int, *options: str) -> list[str]:
     """Command line of a Redis on loopback that keeps everything in `folder` and never evicts."""
-    return [
-        find_redis(),
-        *("--port", str(port)),
-        *("--bind", "127.0.0.1"),
-        *("--dir", str(folder)),
-        *("--appendonly", "yes"),
-        *("--appendfsync", "everysec"),
-        *("--maxmemory-policy", "noeviction"),
-        *("--save", "300", "1"),
-        *("--daemonize", "no"),
-        *options,
-    ]
+    settings = [part for name, *values in _redis_settings(folder, port) for part in (f"--{name}", *values)]
+    return [find_redis(), *settings, *options]
+
+
+def redis_file_command(conf: Path) -> list[str]:
+    """Command line of a Redis whose settings are in the file `conf`, see `redis_conf`."""
+    return [find_redis(), str(conf)]
+
+
+def redis_conf(folder: Path, port: int, password: str) -> str:
+    """The same settings and a password as text for a redis.conf, which keeps the password out of `ps`."""
+    settings = (*_redis_settings(folder, port), ("loglevel", "warning"), ("requirepass", password))
+    return "".join(f"{name} {' '.join(_quoted(value) for value in values)}\n" for name, *values in settings)
+
+
+def _redis_settings(folder: Path, port: int) -> tuple[tuple[str, ...], ...]:
+    return (
+        ("port", str(port)),
+        ("bind", "127.0.0.1"),
+        ("dir", str(folder)),
+        ("appendonly", "yes"),
+        ("appendfsync", "everysec"),
+        ("maxmemory-policy", "noeviction"),
+        ("save", "300", "1"),
+        ("daemonize", "no"),
+    )
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def s3_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str]:

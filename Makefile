@@ -1,0 +1,77 @@
+# `make run` and `make test` need Python 3.11 or newer and make, nothing else;
+# everything they install goes into .venv. Run them as often as you like.
+
+SHELL := /bin/sh
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format clean tools
+
+help:
+	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
+	@echo 'make test    run the whole test suite against real servers'
+	@echo 'make check   lint, formatting, types, import rules'
+	@echo 'make format  format the code'
+	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
+
+# Through the tether, so that the service ends with make even if make is killed.
+run: .venv/.run
+	@exec $(PY) -m delineate.tether - $(PY) -m delineate up
+
+test: .venv/.dev tools
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: .venv/.dev
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+format: .venv/.dev
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:
+	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first Python on PATH that is new enough; a name that exists but does not run (a pyenv shim) is passed over.
+# A .venv whose Python has gone is made anew.
+.venv/bin/python:
+	@for candidate in python3 python3.13 python3.14 python3.12 python3.11; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo 'make: no Python 3.11 or newer on PATH (looked for python3, python3.11 to python3.14); install one' >&2; exit 2; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "make: $$found has no venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; \
+	fi; \
+	echo "Creating .venv with $$($$found --version)"; \
+	rm -rf .venv && $$found -m venv .venv || { rm -rf .venv; exit 2; }
+
+.venv/.run: pyproject.toml | .venv/bin/python
+	@echo 'Installing what delineate needs into .venv; this takes a moment, once'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[embedded]'
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	@echo 'Installing what delineate and its tests need into .venv; this takes a moment, once'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .venv/.run
+
+# Programs that the tests use to look at archives and at the service as its users do. Name and Debian package.
+TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
+tools:
+	@missing=; packages=; \
+	for tool in $(TOOLS); do \
+	  command -v $${tool%%:*} >/dev/null 2>&1 || { missing="$$missing $${tool%%:*}"; packages="$$packages $${tool##*:}"; }; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    echo "Installing$$packages"; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$packages; } >/dev/null; \
+	  else \
+	    echo "make: the tests need$$missing; install them (Debian packages:$$packages)" >&2; exit 2; \
+	  fi; \
+	fi
