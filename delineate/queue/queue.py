@@ -253,8 +253,8 @@ class Queue:
         """Make `worker` known; needed before its first claim."""
         await self._repeat("registering a worker", lambda: self._beat(worker, register=True, leases=[]))
 
-    async def heartbeat(self, worker: str, leases: Iterable[Lease]) -> list[str]:
-        """Stay alive for `queue.dead_after` seconds; the ids of leases that are lost (cancelled, taken over).
+    async def heartbeat(self, worker: str, leases: Iterable[Lease]) -> set[tuple[str, int]]:
+        """Stay alive for `queue.dead_after` seconds; job id and token of every lease that is lost.
 
         One try: the next heartbeat is the retry. Raises LeaseLost if the worker was declared dead: all are lost.
         """
@@ -262,7 +262,7 @@ class Queue:
             async with asyncio.timeout(self._config.redis.operation_timeout):
                 return await self._beat(worker, register=False, leases=list(leases))
 
-    async def _beat(self, worker: str, *, register: bool, leases: list[Lease]) -> list[str]:
+    async def _beat(self, worker: str, *, register: bool, leases: list[Lease]) -> set[tuple[str, int]]:
         life_ms = int(self._config.queue.dead_after * 1000)
         try:
             return await self._scripts.heartbeat(

@@ -174,15 +174,14 @@ class Scripts:
         )
         return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
-    async def heartbeat(self, worker: str, life_ms: int, *, register: bool, holds: list[Hold]) -> list[str]:
+    async def heartbeat(self, worker: str, life_ms: int, *, register: bool, holds: list[Hold]) -> set[tuple[str, int]]:
         """Raises Fenced."""
         held: list[str | int] = [item for hold in holds for item in (hold.job_id, hold.token)]
         k = self._keys
         reply = await self._run("heartbeat", [k.workers], k.base, worker, life_ms, "1" if register else "0", *held)
         if reply == "fenced":
             raise Fenced
-        lost: list[str] = reply
-        return lost
+        return {(job_id, int(token)) for job_id, token in zip(reply[::2], reply[1::2], strict=True)}
 
     async def retire(self, worker: str) -> list[str]:
         k = self._keys

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -55,10 +56,10 @@ class Bench:
         return lease
 
     async def waiting(self) -> list[str]:
-        return await self.redis.lrange(self.keys.wait, 0, -1)  # type: ignore[misc, return-value]
+        return await self.redis.lrange(self.keys.wait, 0, -1)  # type: ignore[return-value]
 
     async def active(self, worker: str = "w1") -> list[str]:
-        return await self.redis.lrange(self.keys.active(worker), 0, -1)  # type: ignore[misc, return-value]
+        return await self.redis.lrange(self.keys.active(worker), 0, -1)  # type: ignore[return-value]
 
     async def status(self, job_id: str) -> JobStatus:
         job = await self.queue.get(job_id)
@@ -285,7 +286,7 @@ async def test_cancel_of_a_waiting_a_delayed_and_a_running_job(config: Config) -
         assert (stats.waiting, stats.active, stats.delayed) == (0, 0, 0)
         with pytest.raises(LeaseLost):
             await b.queue.finish(running, RESULT)
-        assert await b.queue.heartbeat("w1", [running]) == [running.job.id]
+        assert await b.queue.heartbeat("w1", [running]) == {(running.job.id, running.token)}
 
 
 async def test_cancel_after_finish_is_too_late_and_unknown_jobs_are_not_found(config: Config) -> None:
@@ -427,7 +428,7 @@ async def test_every_change_raises_the_version_and_is_published(config: Config) 
             (lease,) = await b.queue.claim("w1", 1)
             await b.queue.progress(lease, progress(10))
             await b.queue.finish(lease, RESULT)
-            events: list[dict[str, object]] = []
+            events: list[dict[str, Any]] = []
             while len(events) < 3:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2)
                 if message:

@@ -3,7 +3,8 @@
 -- Ids given by name lie in the worker's list already: one that BLMOVE brought,
 -- or one whose claim reply was lost. The latter gets a new token but is not
 -- charged another attempt. Ids that may not run (cancelled meanwhile, gone)
--- only leave the list.
+-- only leave the list, and an id by name that is not in the list was settled
+-- meanwhile: claiming it would leave a running job that no list holds.
 --
 -- KEYS  1 wait (list)  2 the worker's active (list)  3 workers (zset)
 -- ARGV  1 base of all keys  2 worker  3 how many to take from wait  4.. ids by name
@@ -18,6 +19,7 @@ if not lease_end or tonumber(lease_end) <= 0 then return 'fenced' end
 
 local now, claimed = clock(), {}
 local function take(id, by_name)
+  if by_name and not redis.call('LPOS', active, id) then return end
   local job = base .. 'job:' .. id
   local f = redis.call('HMGET', job, 'status', 'worker')
   if f[1] == 'queued' then

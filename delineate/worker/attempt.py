@@ -1,0 +1,130 @@
+"""One lease in this process: run the job, then settle it - finish, retry, bury or hand back.
+
+The outcome is recorded however long Redis is away. Only a lease that is lost
+(the job was cancelled, or the worker was declared dead) ends without a word:
+somebody else has the say then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from delineate.config import Config
+from delineate.errors import InternalError, JobError, LeaseLost, QueueUnavailable
+from delineate.job import ErrorClass, Failure, Lease, RetryPolicy
+from delineate.queue import Queue
+from delineate.storage import Storage
+from delineate.worker.report import Reporter
+from delineate.worker.run_job import run_job
+from delineate.worker.tasks import beside
+
+log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """Runs in a task of its own from `start` until `on_end` is called."""
+
+    def __init__(self, lease: Lease, queue: Queue, storage: Storage, config: Config) -> None:
+        self.lease = lease
+        self.task: asyncio.Task[None]
+        self._queue = queue
+        self._storage = storage
+        self._config = config
+        self._lost = False
+        self._settling = False
+        self._context = {"jobId": lease.job.id, "userId": lease.job.user, "attempt": lease.job.attempts}
+
+    def start(self, on_end: Callable[[Attempt], None]) -> None:
+        self.task = asyncio.create_task(self._run(), name=f"job {self.lease.job.id}")
+        self.task.add_done_callback(lambda task: self._ended(task, on_end))
+
+    def _ended(self, task: asyncio.Task[None], on_end: Callable[[Attempt], None]) -> None:
+        on_end(self)
+        if not task.cancelled() and (error := task.exception()):
+            # The job is still in this worker's list, where the next audit finds it.
+            log.error("a bug kept an attempt from being settled", exc_info=error, extra=self._extra())
+
+    def lose(self) -> None:
+        """The lease is gone: stop, and change nothing more."""
+        if self._settling:
+            return  # the transition on its way finds out by itself, and may be the very reason
+        self._lost = True
+        self.task.cancel()
+
+    async def _run(self) -> None:
+        self._log(logging.INFO, "job claimed")
+        try:
+            await self._pack_and_finish()
+        except asyncio.CancelledError:
+            if self._lost:
+                self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+            else:
+                await hand_back(self._queue, self.lease)
+        except LeaseLost:
+            self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+
+    async def _pack_and_finish(self) -> None:
+        started = time.monotonic()
+        lease, queue = self.lease, self._queue
+        reporter = Reporter(queue, lease, self._config.worker.progress_interval, self.lose)
+        try:
+            async with beside(reporter.run()):
+                result = await run_job(lease.job, self._storage, self._config, reporter.report)
+        except JobError as error:
+            await self._fail(error)
+        except LeaseLost:
+            raise
+        except Exception as error:
+            log.exception("a bug ended an attempt", extra=self._extra())
+            await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."))
+        else:
+            await self._settle(lambda: queue.finish(lease, result))
+            seconds = round(time.monotonic() - started, 3)
+            self._log(logging.INFO, "job completed", size=result.size, seconds=seconds)
+
+    async def _fail(self, error: JobError) -> None:
+        config, lease, queue = self._config.queue, self.lease, self._queue
+        policy = RetryPolicy(
+            attempts=config.attempts, backoff_seconds=config.backoff, internal_attempts=config.internal_attempts
+        )
+        failure = Failure(code=error.code, error_class=ErrorClass(error.error_class), message=str(error))
+        delay = policy.delay_before_next(failure.error_class, lease.job.attempts)
+        cause = f"{error} {error.__cause__ or ''}".strip()
+        if delay is None:
+            self._log(logging.WARNING, "job failed", code=error.code, cause=cause)
+            await self._settle(lambda: queue.bury(lease, failure))
+        else:
+            self._log(logging.WARNING, "attempt failed", code=error.code, cause=cause, retryInSeconds=round(delay, 1))
+            await self._settle(lambda: queue.retry(lease, failure, delay))
+
+    async def _settle(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Have an outcome recorded, however long Redis is away. Raises LeaseLost."""
+        self._settling = True
+        wait = 0.2
+        while True:
+            try:
+                return await call()
+            except QueueUnavailable as error:
+                self._log(logging.WARNING, "the outcome is not recorded yet", cause=str(error))
+                await asyncio.sleep(wait * random.uniform(0.5, 1))
+                wait = min(wait * 2, 5.0)
+
+    def _extra(self, **more: object) -> dict[str, object]:
+        return {"context": {**self._context, **more}, "request_id": self.lease.job.request_id}
+
+    def _log(self, level: int, message: str, **more: object) -> None:
+        log.log(level, message, extra=self._extra(**more))
+
+
+async def hand_back(queue: Queue, lease: Lease) -> None:
+    """Release a lease that this worker cannot serve to its end; without Redis, the others will find the job."""
+    extra = {"context": {"jobId": lease.job.id}, "request_id": lease.job.request_id}
+    try:
+        await queue.release(lease)
+        log.info("job handed back", extra=extra)
+    except (LeaseLost, QueueUnavailable) as error:
+        log.warning("job not handed back: %s", error, extra=extra)

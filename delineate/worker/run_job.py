@@ -1,0 +1,149 @@
+"""One attempt at a job, start to end: look up the files, plan the archive, build it in S3, check it.
+
+    look up   every file's size and ETag, in parallel; small files come along whole
+    plan      names, offsets and the digest that goes into the archive's key
+    build     parts are fetched, checksummed and uploaded side by side
+    check     the archive in the store must have the planned size
+
+Nothing under the archive's key is visible before the build is complete, and
+what was uploaded is forgotten when the attempt ends in any other way. Whether
+the result counts is decided afterwards by the finish transition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from delineate.archive.build import PutPart, build_archive
+from delineate.archive.plan import ArchivePlan, plan_archive
+from delineate.config import Config
+from delineate.errors import FilesMissing, JobError, JobTimeout, SourceChanged, StorageUnavailable
+from delineate.job import ArchiveResult, Job
+from delineate.storage import Storage
+from delineate.worker.files import Files
+from delineate.worker.report import PackingProgress, Report
+
+log = logging.getLogger(__name__)
+
+MANIFEST_NAME = "delineate-skipped.txt"
+ABORT_SECONDS = 5.0
+MAX_PLANS = 3
+
+
+async def run_job(job: Job, storage: Storage, config: Config, report: Report) -> ArchiveResult:
+    """Pack the job's files into one archive in S3; the archive is there, whole, when this returns.
+
+    Raises JobError; its `error_class` says whether another attempt makes sense.
+    """
+    try:
+        async with asyncio.timeout(config.worker.job_timeout) as limit:
+            await _simulated_delay(config)
+            for plans_left in reversed(range(MAX_PLANS)):
+                try:
+                    return await _run(job, storage, config, report)
+                except SourceChanged as error:
+                    if not plans_left:
+                        raise
+                    log.info("planning anew: %s", error, extra={"context": {"jobId": job.id}})
+            raise AssertionError("unreachable")
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise JobTimeout(
+            f"The archive was not ready within {config.worker.job_timeout:.0f} s. Ask for fewer or smaller files."
+        ) from error
+
+
+async def _run(job: Job, storage: Storage, config: Config, report: Report) -> ArchiveResult:
+    files = Files(storage, config.archive)
+    missing = await files.look_up(job, report)
+    if missing and (job.on_missing == "fail" or len(missing) == job.total_files):
+        raise FilesMissing(missing)
+    plan = plan_archive(
+        files.found,
+        part_bytes=config.archive.part_bytes,
+        max_bytes=config.archive.max_bytes,
+        max_name_bytes=config.archive.max_name_bytes,
+        slots=config.archive.slots,
+        extra=_manifest(job, missing),
+    )
+    result = ArchiveResult(
+        key=f"{config.storage.archive_prefix}{job.id}/{plan.digest[:16]}.zip",
+        size=plan.total_bytes,
+        filename=f"export-{job.id[:8]}.zip",
+        skipped_file_ids=tuple(missing),
+    )
+    packing = PackingProgress(plan.total_bytes, job.total_files, len(missing), report)
+    await _build(plan, files, storage, config, result, packing)
+    return result
+
+
+async def _build(
+    plan: ArchivePlan, files: Files, storage: Storage, config: Config, result: ArchiveResult, report: PackingProgress
+) -> None:
+    settings = config.archive
+
+    async def build(put_part: PutPart) -> list[tuple[int, str]]:
+        receipts = await build_archive(
+            plan,
+            files.read,
+            put_part,
+            slots=settings.slots,
+            fetch_concurrency=settings.fetch_concurrency,
+            on_progress=report.packing,
+        )
+        return [(receipt.number, receipt.etag) for receipt in receipts]
+
+    if plan.part_count == 1:
+        # One request in place of three, and just as atomic.
+        async def put_whole(number: int, body: memoryview) -> str:
+            await storage.put_archive(result.key, body, result.filename)
+            return ""
+
+        await build(put_whole)
+        stored = await storage.stat_archive(result.key)
+        if stored is None or stored.size != result.size:
+            raise StorageUnavailable("The file store reported success but does not hold the archive.")
+        return
+
+    async with _upload(storage, result) as upload_id:
+
+        async def put_part(number: int, body: memoryview) -> str:
+            return await storage.put_part(result.key, upload_id, number, body)
+
+        parts = await build(put_part)
+        report.finishing()
+        await storage.complete_upload(result.key, upload_id, parts, plan.total_bytes)
+
+
+@asynccontextmanager
+async def _upload(storage: Storage, result: ArchiveResult) -> AsyncIterator[str]:
+    """A multipart upload that is aborted unless the block ends well, also when it is cancelled."""
+    upload_id = await storage.start_upload(result.key, result.filename)
+    try:
+        yield upload_id
+    except BaseException:
+        try:
+            async with asyncio.timeout(ABORT_SECONDS):
+                await storage.abort_upload(result.key, upload_id)
+        except (JobError, TimeoutError) as error:
+            log.warning("an upload could not be aborted; the bucket's lifecycle rule removes it: %s", error)
+        raise
+
+
+def _manifest(job: Job, missing: list[int]) -> list[tuple[str, bytes, float]]:
+    if not missing:
+        return []
+    lines = ["These files were asked for and do not exist:", *(str(file_id) for file_id in missing), ""]
+    # The job's own time, so that another attempt makes the same archive.
+    return [(MANIFEST_NAME, "\n".join(lines).encode(), job.created_at)]
+
+
+async def _simulated_delay(config: Config) -> None:
+    delay = config.processing.simulated_delay
+    if delay.enabled:
+        await asyncio.sleep(random.uniform(delay.min, delay.max))

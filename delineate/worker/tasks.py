@@ -1,0 +1,26 @@
+"""Tasks that have an owner: each lives as long as a block of code does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[asyncio.Task[object]]:
+    """Run `work` while the block runs; it is cancelled, and its end awaited, when the block ends.
+
+    What it raises of its own is logged: whoever must react watches the task.
+    """
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            log.error("a task of the worker ended with a bug", exc_info=outcome)
