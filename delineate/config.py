@@ -8,8 +8,10 @@ names the place, the key, the value and what is allowed.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -24,6 +26,7 @@ ENVIRONMENTS = ("development", "production", "test")
 PREFIX = "DELINEATE__"
 SECRET_KEYS = frozenset({"redis.password", "redis.url", "storage.secret_access_key", "storage.access_key_id"})
 MAX_SECRET_FILE_BYTES = 65536
+ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
 # Upper bounds keep a slip of the keyboard (or .inf) from disabling a limit.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000, description="seconds above 0")]
@@ -36,7 +39,15 @@ BucketName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every section: frozen, and an unknown key is an error."""
+    """Base of every section: frozen, an unknown key is an error, and a secret does not show when it is printed."""
+
+    def __repr__(self) -> str:
+        hidden = {key.rpartition(".")[2] for key in SECRET_KEYS}
+        shown = (
+            f"{name}={'(hidden)' if name in hidden and getattr(self, name) else repr(getattr(self, name))}"
+            for name in self.__struct_fields__
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class ApiConfig(Section, frozen=True, kw_only=True):
@@ -187,6 +198,8 @@ def load_config(environ: Mapping[str, str] | None = None, conf_dir: Path | None 
     places: dict[str, str] = {}
     for file in (folder / "base.yml", folder / f"{environment}.yml"):
         _merge(values, places, _read_yaml(file), str(file), ())
+    if "environment" in values:
+        raise ConfigError(f"{places['environment']}: environment: no such key; DELINEATE_ENV chooses the overlay")
     known = dict(_leaves(Config))
     for key, raw, place in _from_environment(environ, known):
         _put(values, key, raw)
@@ -329,9 +342,12 @@ def _parse(text: str, wanted: Any) -> Any:
 
 
 def _put(values: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+    section: Any = values
     for name in key[:-1]:
-        values = values.setdefault(name, {})
-    values[key[-1]] = value
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            return  # a file has no section there; the check that follows names the file
+    section[key[-1]] = value
 
 
 def _convert(values: dict[str, Any], places: Mapping[str, str], base: Path) -> Config:
@@ -375,15 +391,23 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
     delay = config.processing.simulated_delay
     if delay.min > delay.max:
         raise refuse("processing.simulated_delay.min", delay.min, "at most processing.simulated_delay.max")
-    if urlsplit(config.redis.url).scheme not in ("redis", "rediss", "unix"):
+    if _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
         raise ConfigError(
             f"{places.get('redis.url', 'conf/base.yml')}: redis.url: (hidden) is not allowed, "
             "expected a URL that starts with redis://, rediss:// or unix://"
         )
     for key in ("storage.endpoint_url", "storage.public_endpoint_url", "telemetry.otlp_endpoint"):
         url = _get(msgspec.to_builtins(config), key)
-        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
-            raise refuse(key, url, "a URL such as https://s3.example.org, or nothing")
+        if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
+            raise refuse(key, _without_password(url), "a URL such as https://s3.example.org, or nothing")
+    for network in config.api.trusted_proxies:
+        try:
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise refuse("api.trusted_proxies", network, "networks such as 10.0.0.0/8 or ::1/128") from None
+    for origin in config.api.cors_origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise refuse("api.cors_origins", origin, "origins such as https://app.example.org, without a path, or *")
     storage = config.storage
     try:
         once = storage.source_key.format(file_id=70000)
@@ -393,3 +417,16 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
         raise refuse("storage.source_key", storage.source_key, 'text with {file_id} in it, e.g. "files/{file_id}.bin"')
     if storage.source_bucket == storage.archive_bucket:
         raise refuse("storage.archive_bucket", storage.archive_bucket, "another bucket than storage.source_bucket")
+
+
+def _scheme(url: str) -> str:
+    """The scheme of a URL that makes sense as a whole, its port included; else nothing."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme if parts.port is None or parts.port > 0 else ""
+    except ValueError:
+        return ""
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//(hidden)@", url)

@@ -32,7 +32,8 @@ def watch(events: TextIO, answers: TextIO, marker: Path, supervisord: int) -> in
         headers = _fields(header)
         body = _fields(events.read(int(headers["len"])))
         if headers["eventname"] == "PROCESS_STATE_FATAL":
-            program = f"{body['groupname']}:{body['processname']}"
+            group, program = body["groupname"], body["processname"]
+            program = program if program == group else f"{group}:{program}"
             sys.stderr.write(f"gatekeeper: {program} does not stay up, stopping everything\n")
             sys.stderr.flush()
             marker.write_text(program)
