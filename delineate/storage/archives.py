@@ -1,0 +1,154 @@
+"""The archives that jobs write: one PUT for a small one, a multipart upload for the rest, and links to both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from delineate.errors import JobError, StorageUnavailable
+from delineate.storage.address import object_url
+from delineate.storage.answers import ObjectInfo
+from delineate.storage.connection import Connected
+from delineate.storage.faults import FAILURES, refusal_of, translate
+from delineate.storage.names import content_disposition
+
+_ZIP = "application/zip"
+_UPLOADING = "while the archive was stored"
+
+
+class StoredPart(NamedTuple):
+    """A part that the store already has: its `number` from 1, its `etag` for completion, its `size` in bytes."""
+
+    number: int
+    etag: str
+    size: int
+
+
+class Archives(Connected):
+    async def put_archive(self, key: str, body: memoryview, filename: str) -> None:
+        """Store a whole archive with one request. Raises JobError."""
+        headers = {"Content-Type": _ZIP, "Content-Disposition": content_disposition(filename)}
+        url = object_url(self._store.archives_url, key)
+        await self._repeat(lambda: self._store.wire.put(url, body, headers), _UPLOADING)
+
+    async def start_upload(self, key: str, filename: str) -> str:
+        """Begin a multipart upload and return its id. Raises JobError.
+
+        A try whose answer was lost leaves an upload without parts behind; the bucket's
+        lifecycle rule removes it.
+        """
+        answer = await self._repeat(
+            lambda: self._store.client.create_multipart_upload(
+                Bucket=self._store.config.archive_bucket,
+                Key=key,
+                ContentType=_ZIP,
+                ContentDisposition=content_disposition(filename),
+            ),
+            _UPLOADING,
+        )
+        return answer["UploadId"]
+
+    async def put_part(self, key: str, upload_id: str, number: int, body: memoryview) -> str:
+        """Store part `number`, from 1, and return its ETag; a part sent twice counts once. Raises JobError."""
+        url = object_url(self._store.archives_url, key, {"partNumber": str(number), "uploadId": upload_id})
+        headers = {"Content-Type": "application/octet-stream"}
+        answer = await self._repeat(lambda: self._store.wire.put(url, body, headers), _UPLOADING)
+        etag = answer.get("ETag")
+        if not etag:
+            raise StorageUnavailable("The file store accepted a part of the archive but did not name it.")
+        return etag
+
+    async def complete_upload(self, key: str, upload_id: str, parts: Sequence[tuple[int, str]], size: int) -> None:
+        """Turn the parts, each a number and an ETag in order, into the archive, and see that it has `size` bytes.
+
+        The answer may be lost after the store has done its work, and a second
+        request then gets NoSuchUpload: so whatever the answer was, the archive
+        itself decides. Its key names its content, so the size is proof enough.
+        Raises JobError.
+        """
+        failure: JobError | None = None
+        try:
+            await self._repeat(
+                lambda: self._store.client.complete_multipart_upload(
+                    Bucket=self._store.config.archive_bucket,
+                    Key=key,
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": [{"PartNumber": number, "ETag": etag} for number, etag in parts]},
+                ),
+                _UPLOADING,
+            )
+        except JobError as error:
+            failure = error
+        found = await self.stat_archive(key)
+        if found is not None and found.size == size:
+            return
+        if failure is not None:
+            raise failure
+        there = f"{found.size} bytes" if found else "nothing"
+        raise StorageUnavailable(f"The file store reported success but holds {there} in place of {size} bytes.")
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        """Forget an upload and its parts; one that is gone already is fine. Raises JobError."""
+
+        async def abort() -> None:
+            try:
+                await self._store.client.abort_multipart_upload(
+                    Bucket=self._store.config.archive_bucket, Key=key, UploadId=upload_id
+                )
+            except FAILURES as error:
+                if not _is_unknown_upload(error):
+                    raise
+
+        await self._repeat(abort, "while an upload was cancelled")
+
+    async def list_parts(self, key: str, upload_id: str) -> list[StoredPart] | None:
+        """The parts of an unfinished upload by number; None if the store does not know the upload. Raises JobError."""
+
+        async def page(marker: int) -> tuple[list[StoredPart], int | None]:
+            answer = await self._store.client.list_parts(
+                Bucket=self._store.config.archive_bucket, Key=key, UploadId=upload_id, PartNumberMarker=marker
+            )
+            found = [StoredPart(part["PartNumber"], part["ETag"], part["Size"]) for part in answer.get("Parts", [])]
+            return found, answer["NextPartNumberMarker"] if answer.get("IsTruncated") else None
+
+        async def every_page() -> list[StoredPart] | None:
+            parts: list[StoredPart] = []
+            marker: int | None = 0
+            while marker is not None:
+                try:
+                    found, marker = await page(marker)
+                except FAILURES as error:
+                    if _is_unknown_upload(error):
+                        return None
+                    raise
+                parts += found
+            return parts
+
+        return await self._repeat(every_page, "while an upload was continued")
+
+    async def stat_archive(self, key: str) -> ObjectInfo | None:
+        """Describe an archive; None if there is none under `key`. Raises JobError."""
+        return await self._stat(object_url(self._store.archives_url, key), "while the archive was checked")
+
+    async def presign(self, key: str, filename: str, lifetime: int) -> str:
+        """A URL with which anyone can GET the archive for `lifetime` seconds, saved as `filename`; nothing is sent.
+
+        It names the store as clients reach it: the host is part of the signature.
+        Raises JobError if there are no credentials to sign with.
+        """
+        query = {
+            "response-content-disposition": content_disposition(filename),
+            "response-content-type": _ZIP,
+        }
+        try:
+            return await self._store.signer.link(object_url(self._store.links_url, key, query), lifetime)
+        except FAILURES as error:
+            raise translate(error, "while a link was made") from error
+
+
+def _is_unknown_upload(error: Exception) -> bool:
+    refusal = refusal_of(error)
+    # MinIO and Ceph answer a bare 404 to some of these; a missing bucket is another matter.
+    return refusal is not None and (
+        refusal.code == "NoSuchUpload" or (refusal.status == 404 and refusal.code != "NoSuchBucket")
+    )
