@@ -24,6 +24,8 @@ async def raise_first_failure(work: Awaitable[None]) -> None:
         await work
     except BaseExceptionGroup as group:
         failure = group.exceptions[0]
+        # Before Python 3.13 TaskGroup leaves a cycle of the group and its traceback, whose frames hold every buffer.
+        group.__traceback__ = None
     if failure is None:
         return
     try:
@@ -32,7 +34,7 @@ async def raise_first_failure(work: Awaitable[None]) -> None:
         # Outside the except block, which would replace the failure's own context by the group.
         raise failure
     finally:
-        del failure  # the traceback refers to this frame: a cycle that would keep every buffer alive
+        del failure  # the traceback refers to this frame: such a cycle too
 
 
 def never_cancelled_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delineate.archive.build import PartReceipt
-from delineate.archive.plan import ArchivePlan, plan_archive
+from delineate.archive.plan import FORMAT_VERSION, ArchivePlan, plan_archive
 from tests.archive.fakes import MODIFIED, Store, build, check_archive, plan_of, source
 
 NAMES = st.one_of(
@@ -152,3 +153,17 @@ def test_small_archives_take_small_buffers() -> None:
     plan = plan_of([source(0, 100)], part_bytes=8 << 20)
     build(plan, store)
     assert [len(buffer) for buffer in store.buffers.values() if isinstance(buffer, bytearray)] == [plan.total_bytes]
+
+
+def test_this_version_of_the_format_stays_as_it_is() -> None:
+    """If this fails, the bytes or the digest changed: raise FORMAT_VERSION, so that no upload mixes two formats."""
+    files = [source(0, 100), source(1, 0, name="\u00e9"), source(2, 20)]
+    plan = plan_of(files, part_bytes=100, slots=1, extra=[("delineate-skipped.txt", b"1", 0.0)])
+    store = Store({"files/0": b"x" * 100, "files/2": b"y" * 20}, random.Random(1))
+    build(plan, store)
+    assert [entry.has_descriptor for entry in plan.entries] == [True, False, False, False]
+    assert (FORMAT_VERSION, plan.digest, hashlib.sha256(store.archive()).hexdigest()) == (
+        1,
+        "49b49d70dfb4e00121037a1dd71706f581622653219323bedaa9aa3148326db0",
+        "80c82a277dc36d47ddc3def3aca1aba736ebec833677d83ae963bc04779a4967",
+    )
