@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable
 
 from delineate.config import Config
 from delineate.errors import InternalError, JobError, LeaseLost, QueueUnavailable
-from delineate.job import ErrorClass, Failure, Lease, RetryPolicy
+from delineate.job import ErrorClass, Failure, JobStatus, Lease, RetryPolicy
 from delineate.queue import Queue
 from delineate.storage import Storage
+from delineate.telemetry.metrics import DOWNLOADS_ACTIVE, EXPORT_JOB_DURATION, EXPORT_JOBS
 from delineate.worker.report import Reporter
 from delineate.worker.run_job import run_job
 from delineate.worker.tasks import beside
@@ -58,7 +59,8 @@ class Attempt:
     async def _run(self) -> None:
         self._log(logging.INFO, "job claimed")
         try:
-            await self._pack_and_finish()
+            with DOWNLOADS_ACTIVE.track_inprogress():
+                await self._pack_and_finish()
         except asyncio.CancelledError:
             if self._lost:
                 self._log(logging.INFO, "job dropped: it was cancelled or taken over")
@@ -75,18 +77,19 @@ class Attempt:
             async with beside(reporter.run()):
                 result = await run_job(lease.job, self._storage, self._config, reporter.report)
         except JobError as error:
-            await self._fail(error)
+            await self._fail(error, started)
         except LeaseLost:
             raise
         except Exception as error:
             log.exception("a bug ended an attempt", extra=self._extra())
-            await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."))
+            await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."), started)
         else:
             await self._settle(lambda: queue.finish(lease, result))
+            self._count(JobStatus.COMPLETED, started)
             seconds = round(time.monotonic() - started, 3)
             self._log(logging.INFO, "job completed", size=result.size, seconds=seconds)
 
-    async def _fail(self, error: JobError) -> None:
+    async def _fail(self, error: JobError, started: float) -> None:
         config, lease, queue = self._config.queue, self.lease, self._queue
         policy = RetryPolicy(
             attempts=config.attempts, backoff_seconds=config.backoff, internal_attempts=config.internal_attempts
@@ -97,6 +100,7 @@ class Attempt:
         if delay is None:
             self._log(logging.WARNING, "job failed", code=error.code, cause=cause)
             await self._settle(lambda: queue.bury(lease, failure))
+            self._count(JobStatus.FAILED, started)
         else:
             self._log(logging.WARNING, "attempt failed", code=error.code, cause=cause, retryInSeconds=round(delay, 1))
             await self._settle(lambda: queue.retry(lease, failure, delay))
@@ -112,6 +116,10 @@ class Attempt:
                 self._log(logging.WARNING, "the outcome is not recorded yet", cause=str(error))
                 await asyncio.sleep(wait * random.uniform(0.5, 1))
                 wait = min(wait * 2, 5.0)
+
+    def _count(self, status: JobStatus, started: float) -> None:
+        EXPORT_JOBS.labels(status).inc()
+        EXPORT_JOB_DURATION.labels(status).observe(time.monotonic() - started)
 
     def _extra(self, **more: object) -> dict[str, object]:
         return {"context": {**self._context, **more}, "request_id": self.lease.job.request_id}
