@@ -1,0 +1,1 @@
+"""The HTTP contract, held against a real Redis and a real S3 server."""
