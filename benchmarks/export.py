@@ -26,7 +26,7 @@ import time
 import uuid
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
@@ -37,6 +37,9 @@ from delineate.job import Job, JobStatus, Progress, Stage, new_job_id
 from delineate.storage import open_storage
 from delineate.worker.run_job import run_job
 from tests.servers import ServerProcess, free_port
+
+if TYPE_CHECKING:
+    from types_aiobotocore_s3.type_defs import CompletedPartTypeDef
 
 ACCESS_KEY, SECRET_KEY = "delineate-bench", "delineate-bench-secret"
 EXPORTERS = ("delineate", "zipfile")
@@ -58,7 +61,8 @@ def file_ids(case: Case, index: int) -> tuple[int, ...]:
     return tuple(range(start, start + case.files))
 
 
-async def export_with_delineate(config: Config, ids: tuple[int, ...]) -> int:
+async def export_with_delineate(config: Config, ids: tuple[int, ...]) -> tuple[int, float]:
+    """Archive bytes, and seconds with the clients open already, as in a worker."""
     job = Job(
         id=new_job_id(),
         user="bench",
@@ -74,8 +78,10 @@ async def export_with_delineate(config: Config, ids: tuple[int, ...]) -> int:
         updated_at=time.time(),
     )
     async with open_storage(config.storage) as storage:
+        await storage.check()
+        start = time.perf_counter()
         result = await run_job(job, storage, config, lambda progress: None)
-    return result.size
+        return result.size, time.perf_counter() - start
 
 
 class Unseekable(io.RawIOBase):
@@ -95,7 +101,8 @@ class Unseekable(io.RawIOBase):
         return len(data)
 
 
-async def export_with_zipfile(config: Config, ids: tuple[int, ...]) -> int:
+async def export_with_zipfile(config: Config, ids: tuple[int, ...]) -> tuple[int, float]:
+    """Archive bytes, and seconds with the client open already."""
     storage, part_bytes = config.storage, config.archive.part_bytes
     options = AioConfig(
         signature_version="s3v4",
@@ -112,8 +119,10 @@ async def export_with_zipfile(config: Config, ids: tuple[int, ...]) -> int:
         aws_secret_access_key=storage.secret_access_key,
         config=options,
     ) as client:
+        await client.head_bucket(Bucket=bucket)
+        start = time.perf_counter()
         upload = (await client.create_multipart_upload(Bucket=bucket, Key=key))["UploadId"]
-        parts: list[dict[str, Any]] = []
+        parts: list[CompletedPartTypeDef] = []
         stream, total = Unseekable(), 0
 
         async def send(limit: int) -> None:
@@ -143,7 +152,7 @@ async def export_with_zipfile(config: Config, ids: tuple[int, ...]) -> int:
             UploadId=upload,
             MultipartUpload={"Parts": parts},
         )
-    return total
+        return total, time.perf_counter() - start
 
 
 def run_one(exporter: str, config: Config, ids: tuple[int, ...]) -> None:
@@ -151,9 +160,7 @@ def run_one(exporter: str, config: Config, ids: tuple[int, ...]) -> None:
     import uvloop
 
     export = export_with_delineate if exporter == "delineate" else export_with_zipfile
-    start = time.perf_counter()
-    size = uvloop.run(export(config, ids))
-    seconds = time.perf_counter() - start
+    size, seconds = uvloop.run(export(config, ids))
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(
         json.dumps(

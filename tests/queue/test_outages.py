@@ -152,8 +152,7 @@ async def test_a_job_that_got_in_although_its_enqueue_was_refused_is_taken_back(
     async with open_queue(at(config, redis_server.port, operation_timeout=0.5)) as queue:
         await queue.ping()
         async with connect(config.redis) as redis:
-            pause = asyncio.create_task(redis.client_pause(1500))
-            await pause
+            await redis.client_pause(1500)
             new = new_job()
             with pytest.raises(QueueUnavailable):
                 await queue.enqueue(new)
