@@ -11,6 +11,7 @@ Source: http://supervisord.org/events.html
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -36,7 +37,8 @@ def watch(events: TextIO, answers: TextIO, marker: Path, supervisord: int) -> in
             program = program if program == group else f"{group}:{program}"
             sys.stderr.write(f"gatekeeper: {program} does not stay up, stopping everything\n")
             sys.stderr.flush()
-            marker.write_text(program)
+            with contextlib.suppress(FileExistsError), marker.open("x") as file:  # the first is the cause of the rest
+                file.write(program)
             os.kill(supervisord, signal.SIGTERM)
         _say(answers, "RESULT 2\nOK")
 

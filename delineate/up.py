@@ -21,6 +21,7 @@ import os
 import resource
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -82,7 +83,6 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
         # Together with the servers' own time this keeps the promise to be gone within ten seconds.
         "DELINEATE__WORKER__DRAIN_TIMEOUT": "4",
         "DELINEATE__API__DRAIN_TIMEOUT": "1",
-        "DELINEATE__TELEMETRY__METRICS_DIR": str(home.path / "metrics"),
     }
     environ |= {name: value for name, value in defaults.items() if not environ.get(name)}
     for name in ("DELINEATE_API_PROCESSES", "DELINEATE_WORKER_PROCESSES"):
@@ -91,6 +91,9 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
         "DELINEATE_HOME": str(home.path),
         "DELINEATE_CONF_DIR": str(find_conf_dir(given).absolute()),
         "DELINEATE_PYTHON": sys.executable,
+        # The client library reads its variable when it is imported, so both have to say the same.
+        "DELINEATE__TELEMETRY__METRICS_DIR": str(home.path / "metrics"),
+        "PROMETHEUS_MULTIPROC_DIR": str(home.path / "metrics"),
         "DELINEATE_PROFILE": "embedded",
         "DELINEATE_SUPERVISOR_SOCKET": str(sock),
         "DELINEATE_EMBEDDED_REDIS": str(own_redis).lower(),
@@ -177,7 +180,7 @@ class _Run:
             try:
                 await self._seed()
             except JobError as error:
-                raise StartupError(f"the sample files could not be put, stopped again: {error}") from error
+                raise StartupError(f"no sample files, stopped again: {error} ({error.__cause__})") from error
         answer = "no answer"
         while time.monotonic() < started + START_SECONDS:
             healthy, answer = await asyncio.to_thread(_health, self._config)
@@ -246,7 +249,8 @@ delineate is ready after {seconds:.1f} s
             supervisord.terminate()
         # A second Ctrl-C does not wait.
         while not ended.done() and time.monotonic() < end and self._signals <= max(signals, 1):
-            await asyncio.wait({ended}, timeout=0.05)
+            _nudge(self._sock)
+            await asyncio.wait({ended}, timeout=0.1)
         if not ended.done():
             with contextlib.suppress(ProcessLookupError):
                 supervisord.kill()
@@ -282,6 +286,13 @@ async def _copy(process: asyncio.subprocess.Process) -> None:
         while process.stdout and (chunk := await process.stdout.read(65536)):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
+
+
+def _nudge(sock: Path) -> None:
+    """Make supervisord look at its signals and children now, not at the end of its second: a stop has five steps."""
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.connect(str(sock))
 
 
 def _health(config: Config) -> tuple[bool, str]:
