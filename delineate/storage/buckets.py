@@ -26,7 +26,11 @@ class Buckets(Connected):
         Raises StorageUnavailable, StorageTimeout or AccessRefused; BucketMissing with the bucket's name.
         """
         config = self._store.config
-        await asyncio.gather(self._check(config.source_bucket), self._check(config.archive_bucket))
+        checks = (self._check(config.source_bucket), self._check(config.archive_bucket))
+        # Collected, so that the second check never outlives the first one's failure.
+        for outcome in await asyncio.gather(*checks, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     async def prepare_buckets(self) -> None:
         """See that both buckets are there; create the missing ones where `create_buckets` allows it.

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
 from aiohttp.payload import Payload
 from yarl import URL
 
@@ -56,17 +57,18 @@ class Wire:
         signed = await self._signer.headers("PUT", url, headers)
         # aiohttp's sock_read does not watch the sending side: a store that stops reading would hold us forever.
         async with asyncio.timeout(self._stall_seconds) as deadline:
-            async with self._http.put(
-                URL(url, encoded=True),
-                headers=signed,
-                data=_Slices(body, deadline, self._stall_seconds),
-                proxy=self._proxy,
-                allow_redirects=False,
-            ) as response:
-                if response.status >= 300:
-                    raise await _refusal(response)
-                await response.read()
-                return response.headers.copy()
+            slices = _Slices(body, deadline, self._stall_seconds)
+            try:
+                async with self._http.put(
+                    URL(url, encoded=True), headers=signed, data=slices, proxy=self._proxy, allow_redirects=False
+                ) as response:
+                    if response.status >= 300:
+                        raise await _refusal(response)
+                    await response.read()
+                    return response.headers.copy()
+            except BaseException:
+                slices.abandon()
+                raise
 
 
 class _Slices(Payload):
@@ -85,12 +87,19 @@ class _Slices(Payload):
         self._size = body.nbytes
         self._deadline = deadline
         self._stall_seconds = stall_seconds
+        self._transport: asyncio.WriteTransport | None = None
+
+    def abandon(self) -> None:
+        """Drop what the socket has not sent: a polite close would keep it open until the store has read that."""
+        if self._transport is not None and self._transport.get_write_buffer_size() > 0:
+            self._transport.abort()
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("the bytes of an archive are no text")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         loop = asyncio.get_running_loop()
+        self._transport = writer.transport if isinstance(writer, StreamWriter) else None
         for start in range(0, self._value.nbytes, _SLICE_BYTES):
             await writer.write(self._value[start : start + _SLICE_BYTES])
             self._deadline.reschedule(loop.time() + self._stall_seconds)
