@@ -22,7 +22,7 @@ from delineate.archive.plan import ArchivePlan, Extra, plan_archive
 from delineate.job import SourceFile
 
 MODIFIED = 1_700_000_001.7
-BUILD_SECONDS = 30
+BUILD_SECONDS = 10
 
 
 def source(number: int, size: int, *, name: str = "", modified: float = MODIFIED, etag: str = '"e"') -> SourceFile:

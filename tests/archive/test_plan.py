@@ -90,7 +90,17 @@ def test_an_offset_needs_zip64_from_the_value_that_marks_it(gap: int, version: i
     first = source(0, U32 - header + gap)
     plan = plan_of([first, source(1, 0)], part_bytes=1 << 33)
     assert plan.entries[1].offset == U32 + gap
-    assert [info.extract_version for info in directory_of(plan)] == [20, version]
+    infos = directory_of(plan)
+    assert [info.extract_version for info in infos] == [20, version]
+    assert [len(info.extra) for info in infos] == [9, 9 + (12 if version == 45 else 0)]
+
+
+@pytest.mark.parametrize(("size", "header_extra", "descriptor_size"), [(U32 - 1, 9, 16), (U32, 29, 24)])
+def test_a_size_needs_zip64_from_the_value_that_marks_it(size: int, header_extra: int, descriptor_size: int) -> None:
+    plan = plan_of([source(0, size)], part_bytes=MEBIBYTE, slots=1)
+    (entry,) = plan.entries
+    assert entry.data_offset == len(local_header(entry, 1)) == 30 + len(entry.name) + header_extra
+    assert entry.end - entry.data_end == len(descriptor(entry, 1)) == descriptor_size
 
 
 @pytest.mark.parametrize(("count", "end"), [(0xFFFE, 22), (0xFFFF, 98)])
