@@ -54,9 +54,21 @@ _JSON_LINES = f"{_DEFAULT_LINES}Content-Type: {JSON_TYPE}\r\n".encode()
 class Exchange(HTTPMessageDelegate):
     """Driven by Tornado: headers_received, data_received as often as needed, then finish or on_connection_close."""
 
-    __slots__ = ("_api", "_body", "_connection", "_keeps", "_received", "_refused", "_request", "_route", "_started")
+    __slots__ = (
+        "_api",
+        "_body",
+        "_connection",
+        "_keeps",
+        "_received",
+        "_refused",
+        "_request",
+        "_route",
+        "_started",
+        "_written",
+    )
     _request: Request
     _route: Route
+    _written: asyncio.Future[None]
 
     def __init__(self, api: Api, connection: HTTP1Connection) -> None:
         self._api = api
@@ -107,7 +119,9 @@ class Exchange(HTTPMessageDelegate):
 
     def finish(self) -> None:
         if self._refused:
-            self._connection.finish()
+            connection = self._connection
+            connection.finish()
+            self._written.add_done_callback(lambda _: connection.close())
             return
         self._request.body = b"".join(self._body)
         task = self._api.own(self._serve())
@@ -124,7 +138,7 @@ class Exchange(HTTPMessageDelegate):
         self._started = time.perf_counter()
         self._keeps = b"Connection: close\r\n"
         error = BodyTooLarge(f"the body is larger than {self._api.max_body_bytes:,} bytes")
-        self._connection.write(self._render(error_answer(error, self._request)))
+        self._written = self._connection.write(self._render(error_answer(error, self._request)))
         if waits:
             self._connection.finish()
 
@@ -204,8 +218,6 @@ def _lines(answer: Answer) -> bytes:
     own = {name for name, _ in headers}
     lines = [f"{name}: {value}\r\n" for name, value in _DEFAULTS.items() if name not in own]
     for name, value in headers:
-        if "\r" in value or "\n" in value:
-            raise ValueError(f"header {name} would break the answer: {value!r}")
         lines.append(f"{name}: {value}\r\n")
     return "".join(lines).encode("latin-1")
 

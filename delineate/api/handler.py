@@ -79,6 +79,10 @@ class Answer:
     def __init__(
         self, body: bytes = b"", *, status: int = 200, content_type: str = JSON_TYPE, headers: Headers = ()
     ) -> None:
+        for name, value in headers:
+            # Here and not on the wire: a handler that raises still gets its client an answer.
+            if "\r" in value or "\n" in value:
+                raise ValueError(f"header {name} would break the answer: {value!r}")
         self.body = body
         self.status = status
         self.content_type = content_type

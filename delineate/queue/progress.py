@@ -5,7 +5,7 @@ API subscribes here first and reads the job second, so that nothing falls
 between the two; the version in each event says which of them is newer.
 
 Why one connection: a browser tab costs a dictionary entry here, not a
-connection and not a poll. `_run` owns that connection; a reader hears events
+connection and not a poll. `run` owns that connection; a reader hears events
 and acknowledgements, a writer sends what `subscribe` and `unsubscribe` left
 for it, many channels in one command. A caller that is cancelled while it
 waits therefore never breaks a command in two.
@@ -84,6 +84,7 @@ class JobEvents:
         self._unacknowledged: Counter[str] = Counter()
         self._wake = asyncio.Event()
         self._ping_due = False
+        self._stopping = asyncio.Event()
         self._outage: QueueUnavailable | None = None
         # Always subscribed, never published on: the connection stays in pub/sub mode, so reading always works.
         self._idle_channel = keys.channel("-")
@@ -137,13 +138,15 @@ class JobEvents:
         self._changed.add(channel)
         self._wake.set()
 
-    async def _run(self) -> NoReturn:
-        """Keep one connection for as long as the process lives; cancelled by `open_job_events`."""
+    async def run(self) -> None:
+        """Keep one connection until `stop`; owned by `open_job_events`."""
         backoff = FIRST_BACKOFF_SECONDS
-        while True:
+        while not self._stopping.is_set():
             pubsub = self._client.pubsub()
             try:
                 await self._resubscribe(pubsub)
+                if self._stopping.is_set():
+                    return
                 backoff = FIRST_BACKOFF_SECONDS
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._read(pubsub))
@@ -157,6 +160,11 @@ class JobEvents:
             # Jitter, so that the processes of a fleet do not all come back in the same instant.
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
+
+    async def stop(self, owner: asyncio.Task[None]) -> None:
+        self._stopping.set()  # beside the cancellation, which may be lost: see _end_if_cancelled
+        owner.cancel()
+        await asyncio.gather(owner, return_exceptions=True)
 
     async def _resubscribe(self, pubsub: PubSub) -> None:
         """Ask for everything that is wanted; the reader confirms, and tells listeners to look again."""
@@ -209,12 +217,14 @@ class JobEvents:
             if self._ping_due:
                 self._ping_due = False
                 await pubsub.execute_command("PING")
+            _end_if_cancelled()
 
     async def _read(self, pubsub: PubSub) -> NoReturn:
         silent = False
         events = 0
         while True:
             reply: list[Any] | None = await pubsub.parse_response(block=False, timeout=self._timeout)
+            _end_if_cancelled()
             if reply is None:
                 # A connection that died without a word (a cable, a firewall) is silent like an idle one: ask.
                 if silent:
@@ -267,6 +277,17 @@ class JobEvents:
                 _log.exception("progress events: a listener failed")
 
 
+def _end_if_cancelled() -> None:
+    """redis-py sends within asyncio.wait_for, which up to Python 3.11 loses a cancellation that comes as it ends.
+
+    Seen here: a writer that went on for ever, and a process that could not stop.
+    Source: https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 _EVENT = msgspec.json.Decoder(JobEvent).decode
 
 
@@ -274,14 +295,12 @@ _EVENT = msgspec.json.Decoder(JobEvent).decode
 async def open_job_events(config: Config) -> AsyncIterator[JobEvents]:
     """Listen for as long as the `async with` lasts; works, and recovers by itself, whether or not Redis is there."""
     timeout = config.redis.operation_timeout
-    # Its own client: `_run` reads with a timeout of its own, and never more than one connection is needed.
+    # Its own client: `run` reads with a timeout of its own, and never more than one connection is needed.
     client = connect(config.redis, reply_timeout=timeout)
     events = JobEvents(client, Keys(config.redis.prefix), timeout)
-    owner = asyncio.create_task(events._run(), name="job events")
+    owner = asyncio.create_task(events.run(), name="job events")
     try:
         yield events
     finally:
-        owner.cancel()
-        with suppress(asyncio.CancelledError):
-            await owner
+        await events.stop(owner)
         await client.aclose()

@@ -1,0 +1,149 @@
+"""The process: it starts without its neighbours, shares its port with its own kind only, and ends politely."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from delineate.config import Config
+from tests.api.running import next_event, parse_events
+from tests.servers import free_port
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def environment(config: Config, port: int, **more: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DELINEATE")},
+        "DELINEATE_ENV": "test",
+        "DELINEATE_CONF_DIR": str(CHECKOUT / "conf"),
+        "DELINEATE__API__PORT": str(port),
+        "DELINEATE__REDIS__URL": config.redis.url,
+        "DELINEATE__REDIS__PREFIX": config.redis.prefix,
+        "DELINEATE__STORAGE__ENDPOINT_URL": config.storage.endpoint_url,
+        "DELINEATE__STORAGE__ACCESS_KEY_ID": config.storage.access_key_id,
+        "DELINEATE__STORAGE__SECRET_ACCESS_KEY": config.storage.secret_access_key,
+        "PYTHONWARNINGS": "error",
+        **more,
+    }
+
+
+@asynccontextmanager
+async def api_process(env: dict[str, str], port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "delineate", "api"),
+        env=env,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(15):
+            async for line in process.stdout:
+                if b'"serving"' in line:
+                    break
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def client(port: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(f"http://127.0.0.1:{port}", cookie_jar=aiohttp.DummyCookieJar())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_drains_and_ends_with_0(config: Config, number: signal.Signals) -> None:
+    port = free_port()
+    async with api_process(environment(config, port), port) as process, client(port) as http:
+        async with http.post("/v1/export", json={"file_ids": [70000]}) as answer:
+            job_id = (await answer.json())["jobId"]
+        waiting = asyncio.create_task(http.post("/v1/download/start", json={"file_id": 70000}))
+        async with http.get(f"/v1/export/{job_id}/progress") as stream:
+            events = parse_events(stream)
+            await next_event(events)
+            process.send_signal(number)
+            assert [event.name async for event in events] == ["retry"]
+        async with await waiting as answer:
+            assert answer.status == 202
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+
+
+async def test_process_starts_and_answers_without_redis_and_storage(config: Config) -> None:
+    port = free_port()
+    env = environment(
+        config,
+        port,
+        DELINEATE__REDIS__URL=f"redis://127.0.0.1:{free_port()}/0",
+        DELINEATE__STORAGE__ENDPOINT_URL=f"http://127.0.0.1:{free_port()}",
+    )
+    async with api_process(env, port) as process, client(port) as http:
+        async with http.get("/health") as answer:
+            assert answer.status == 503
+            assert (await answer.json())["checks"] == {"storage": "error", "redis": "error", "workers": "error"}
+        async with http.get("/health/live") as answer:
+            assert answer.status == 200
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+
+
+async def test_processes_of_delineate_share_a_port(config: Config) -> None:
+    port = free_port()
+    env = environment(config, port)
+    async with api_process(env, port) as first, api_process(env, port), client(port) as http:
+        first.terminate()
+        assert await asyncio.wait_for(first.wait(), 8) == 0
+        async with http.get("/health/live") as answer:
+            assert answer.status == 200
+
+
+async def test_port_of_another_program_ends_with_one_line(config: Config) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "delineate", "api"),
+            # Tornado forgets to close the socket that it could not bind; Python only warns of it if told to.
+            env=environment(config, port, PYTHONWARNINGS=""),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, errors = await asyncio.wait_for(process.communicate(), 15)
+    assert process.returncode == 2
+    assert errors.decode().count("\n") == 1
+    assert f"api.port {port}" in errors.decode()
+
+
+async def test_processes_of_a_container_count_together(config: Config, tmp_path: Path) -> None:
+    port = free_port()
+    shared = {"DELINEATE__TELEMETRY__METRICS_DIR": str(tmp_path), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    env = environment(config, port, **shared)
+    async with api_process(env, port), api_process(env, port):
+        for _ in range(20):
+            async with client(port) as http, http.get("/health/live"):
+                pass
+        async with client(port) as http, http.get("/metrics") as answer:
+            text = await answer.text()
+    assert 'http_requests_total{method="GET",path="/health/live",status="200"} 20.0' in text
+
+
+async def test_half_shared_metrics_end_with_one_line(config: Config, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "delineate", "api"),
+        env=environment(config, free_port(), DELINEATE__TELEMETRY__METRICS_DIR=str(tmp_path)),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), 15)
+    assert process.returncode == 2
+    assert b"PROMETHEUS_MULTIPROC_DIR" in errors
