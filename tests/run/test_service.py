@@ -42,6 +42,14 @@ def test_what_was_stored_is_what_is_unpacked(service: Up, tmp_path: Path) -> Non
             assert unpacked[sample.filename] == sample.body()
 
 
+def test_readme_names_every_path_of_the_api_as_it_is(service: Up) -> None:
+    paths = service.get("/openapi.json")["paths"]
+    rows = re.findall(r"^\| `(GET|POST|DELETE) (/v1/[^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 7
+    for method, path in rows:
+        assert method.lower() in paths[path], f"{method} {path}"
+
+
 def test_session_of_the_readme_runs_as_written(service: Up, tmp_path: Path) -> None:
     found = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert found
@@ -121,12 +129,16 @@ def test_secrets_are_private_and_not_in_ps(service: Up) -> None:
 
 def test_second_service_runs_beside_the_first(service: Up, make_up: Callable[..., Up]) -> None:
     second = make_up()
+    # So deep that the path of a socket in it would be too long.
+    second.home = second.folder / "deep" / ("er" * 60)
+    second.environ["DELINEATE_HOME"] = str(second.home)
     second.start()
+    assert "worker:worker_00" in second.supervisorctl("status")
     job = second.post([70000])
     second.completed(job)
     first, other = (json.loads((up.home / "settings.json").read_text()) for up in (service, second))
     for name in ("redis_port", "s3_port", "redis_password", "secret_access_key"):
         assert first[name] != other[name]
     assert second.stop() == 0
+    assert not Path(second.supervisor_url.removeprefix("unix://")).parent.exists()
     assert service.get("/health")["status"] == "healthy"
-    assert service.get("/v1/exports").get("jobs", []) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from delineate.seed import SAMPLES
+from delineate.config import Config
+from delineate.seed import SAMPLES, put_samples
 from tests.run.up import ROOT, Up, unzip
 from tests.servers import wait_until
 
@@ -113,6 +115,25 @@ def test_nothing_is_lost_or_left_when_it_is_killed_or_stopped(make_up: MakeUp, t
     assert up.stop(signal.SIGTERM) == 0
     assert time.monotonic() - started < 10
     assert up.processes() == {}
+
+
+def test_own_redis_and_s3_are_used_instead_of_embedded_ones(make_up: MakeUp, config: Config) -> None:
+    up = make_up(
+        DELINEATE__REDIS__URL=config.redis.url,
+        DELINEATE__REDIS__PREFIX=config.redis.prefix,
+        DELINEATE__STORAGE__ENDPOINT_URL=config.storage.endpoint_url,
+        DELINEATE__STORAGE__ACCESS_KEY_ID=config.storage.access_key_id,
+        DELINEATE__STORAGE__SECRET_ACCESS_KEY=config.storage.secret_access_key,
+        DELINEATE__STORAGE__ARCHIVE_PREFIX=config.storage.archive_prefix,
+        DELINEATE__STORAGE__SOURCE_KEY=config.storage.source_key,
+    )
+    asyncio.run(put_samples(config, [70005]))
+    up.start()
+    job = up.post([70005])
+    assert up.completed(job)["downloadUrl"].startswith(config.storage.endpoint_url)
+    states = {line.split()[0]: line.split()[1] for line in up.supervisorctl("status").splitlines()}
+    assert states["redis"] == states["s3"] == "STOPPED"
+    assert up.stop() == 0
 
 
 def test_stop_in_the_middle_of_a_job_takes_seconds_and_the_job_goes_on(make_up: MakeUp) -> None:
