@@ -35,11 +35,14 @@ clean:
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# A .venv whose Python has gone (upgraded, moved) is made anew. While make reads this file, because later it would
+# remember the stamps in there as present.
+$(shell test -x .venv/bin/python || rm -rf .venv)
+
 # The first Python on PATH that is new enough; a name that exists but does not run (a pyenv shim) is passed over.
-# A .venv whose Python has gone is made anew.
 .venv/bin/python:
 	@for candidate in python3 python3.13 python3.14 python3.12 python3.11; do \
-	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
 	  echo 'make: no Python 3.11 or newer on PATH (looked for python3, python3.11 to python3.14); install one' >&2; exit 2; \
@@ -50,12 +53,12 @@ clean:
 	echo "Creating .venv with $$($$found --version)"; \
 	rm -rf .venv && $$found -m venv .venv || { rm -rf .venv; exit 2; }
 
-.venv/.run: pyproject.toml | .venv/bin/python
+.venv/.run: pyproject.toml .venv/bin/python
 	@echo 'Installing what delineate needs into .venv; this takes a moment, once'
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[embedded]'
 	@touch $@
 
-.venv/.dev: pyproject.toml | .venv/bin/python
+.venv/.dev: pyproject.toml .venv/bin/python
 	@echo 'Installing what delineate and its tests need into .venv; this takes a moment, once'
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/.run
