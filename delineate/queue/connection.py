@@ -6,11 +6,12 @@ was lost and so orphan a job. Who may repeat what is decided in queue.py.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import redis.exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -35,8 +36,10 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
     `reply_timeout` seconds to wait for one reply instead of `operation_timeout`:
     a blocking command needs its own waiting time and some more.
     """
-    return Redis.from_url(
+    # One that lets a burst wait for a connection: the default pool would answer it with an error.
+    pool = BlockingConnectionPool.from_url(
         config.url,
+        timeout=config.operation_timeout,
         # None leaves a password that stands in the URL alone.
         password=config.password or None,
         # RESP2: the scripts' replies are plain arrays, and every proxy and older server speaks it.
@@ -49,13 +52,24 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
         max_connections=config.max_connections,
         decode_responses=True,
     )
+    return Redis.from_pool(pool)
 
 
 @contextmanager
 def unavailable(doing: str) -> Iterator[None]:
-    """Turn whatever keeps Redis from serving into QueueUnavailable; `doing` starts its message."""
+    """Turn whatever keeps Redis from serving into QueueUnavailable; `doing` starts its message.
+
+    A cancel that comes while a command is sent is never lost: redis-py sends
+    through asyncio.wait_for, which on Python 3.11 forgets a cancel when what it waits
+    for is done already (https://github.com/python/cpython/issues/86296, mended in 3.12).
+    """
+    task = asyncio.current_task()
+    # Compared, because a cancelled task may use Redis too, to hand its job back.
+    cancels = task.cancelling() if task else 0
     try:
         yield
+        if task is not None and task.cancelling() > cancels:
+            raise asyncio.CancelledError
     except redis.exceptions.ResponseError as error:
         # Anything else the server answers is a mistake of ours and must be seen as one.
         if not isinstance(error, _CANNOT_SERVE) and not str(error).startswith(_CANNOT_SERVE_CODES):

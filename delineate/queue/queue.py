@@ -121,7 +121,7 @@ class Queue:
         """
         retention = self._config.retention
         try:
-            outcome, known_id = await self._repeat(
+            outcome, record = await self._repeat(
                 "accepting a job",
                 lambda: self._scripts.enqueue(
                     job_id=new.id,
@@ -149,9 +149,9 @@ class Queue:
             )
         if outcome == "conflict":
             raise IdempotencyConflict("this Idempotency-Key was used before with another body")
-        job = await self.get(known_id)
+        job = parse_job(record, new.id)
         if job is None:
-            raise JobNotFound(f"job {known_id} was removed just now")
+            raise CorruptRecord(new.id, "it is empty")
         return Enqueued(job, replayed=outcome == "replayed")
 
     async def get(self, job_id: str) -> Job | None:

@@ -27,6 +27,10 @@ def _source(name: str) -> str:
     return f"{(folder / 'common.lua').read_text()}\n{(folder / f'{name}.lua').read_text()}"
 
 
+def _hash(flat: list[str]) -> Hash:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
 class Fenced(Exception):
     """The worker was declared dead; it needs a new id. Never leaves delineate.queue."""
 
@@ -67,9 +71,10 @@ class Scripts:
         max_waiting: int,
         user_jobs_seconds: int,
         idempotency_seconds: int,
-    ) -> tuple[str, str]:
+    ) -> tuple[str, Hash]:
+        """The outcome, and the record of the job that stands for the request."""
         k = self._keys
-        outcome, known_id = await self._run(
+        outcome, flat = await self._run(
             "enqueue",
             [k.job(job_id), k.user_jobs(user), k.wait, k.delayed, k.idempotency(user, idempotency_key or "")],
             job_id,
@@ -85,7 +90,7 @@ class Scripts:
             idempotency_seconds if idempotency_key is not None else 0,
             k.base,
         )
-        return outcome, known_id
+        return outcome, _hash(flat)
 
     async def withdraw(self, job_id: str, user: str, idempotency_key: str | None, tombstone_seconds: int) -> bool:
         k = self._keys
@@ -98,7 +103,7 @@ class Scripts:
         reply = await self._run("claim", [k.wait, k.active(worker), k.workers], k.base, worker, count, *job_ids)
         if reply == "fenced":
             raise Fenced
-        return [dict(zip(flat[::2], flat[1::2], strict=True)) for flat in reply]
+        return [_hash(flat) for flat in reply]
 
     async def progress(
         self,

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 
 log = logging.getLogger(__name__)
 
+REPEAT_CANCEL_SECONDS = 0.5
+
 
 @asynccontextmanager
 async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[asyncio.Task[object]]:
@@ -20,7 +22,9 @@ async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[async
     try:
         yield task
     finally:
-        task.cancel()
-        (outcome,) = await asyncio.gather(task, return_exceptions=True)
-        if isinstance(outcome, Exception):
-            log.error("a task of the worker ended with a bug", exc_info=outcome)
+        # Once is not always enough: on Python 3.11 libraries that use asyncio.wait_for can lose a cancel.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=REPEAT_CANCEL_SECONDS)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the worker ended with a bug", exc_info=error)

@@ -190,3 +190,25 @@ async def test_a_redis_that_cannot_take_writes_is_unavailable_not_a_bug(
         with pytest.raises(QueueUnavailable):
             await queue.enqueue(new_job())
         await redis.replicaof("NO", "ONE")
+
+
+async def test_a_cancel_in_the_middle_of_a_command_is_never_lost(config: Config) -> None:
+    async with open_queue(config) as queue:
+
+        async def work() -> None:
+            await queue.count_request("1.2.3.4")
+            await asyncio.Event().wait()
+
+        for turn in range(400):
+            tasks = [asyncio.create_task(work()) for _ in range(4)]
+            await asyncio.sleep(turn % 20 * 0.0001)
+            for task in tasks:
+                task.cancel()
+            _, deaf = await asyncio.wait(tasks, timeout=2)
+            assert not deaf
+
+
+async def test_more_commands_than_connections_wait_their_turn(config: Config) -> None:
+    few = replace(config, redis=replace(config.redis, max_connections=4))
+    async with open_queue(few) as queue:
+        await asyncio.gather(*(queue.stats() for _ in range(200)))

@@ -6,7 +6,7 @@
 --       6 fingerprint of what was asked  7 traceparent  8 request id
 --       9 most jobs that may wait  10 life of the user's list (s)
 --       11 life of the idempotency record (s), 0 without one  12 base of all keys
--- Returns {outcome, job id}: 'accepted'; 'known' - this id is here already (the
+-- Returns {outcome, the job's hash (field, value, ...)}: 'accepted'; 'known' - this id is here already (the
 --       reply was lost and the call repeated); 'withdrawn' - this id was given
 --       up before; 'replayed' - the idempotency key belongs to that other job;
 --       'conflict' - the key came with another fingerprint; 'full'
@@ -15,21 +15,21 @@ local job, user_jobs, wait, delayed, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], 
 local id, user, fingerprint, idem_ttl = ARGV[1], ARGV[2], ARGV[6], tonumber(ARGV[11])
 
 local status = redis.call('HGET', job, 'status')
-if status == 'withdrawn' then return {'withdrawn', id} end
-if status then return {'known', id} end
+if status == 'withdrawn' then return {'withdrawn', {}} end
+if status then return {'known', redis.call('HGETALL', job)} end
 
 if idem_ttl > 0 then
   local known = redis.call('GET', idem)
   if known then
     local separator = string.find(known, ' ', 1, true)
-    local earlier = string.sub(known, separator + 1)
-    if redis.call('EXISTS', ARGV[12] .. 'job:' .. earlier) == 1 then
-      if string.sub(known, 1, separator - 1) ~= fingerprint then return {'conflict', ''} end
-      return {'replayed', earlier}
+    local earlier = ARGV[12] .. 'job:' .. string.sub(known, separator + 1)
+    if redis.call('EXISTS', earlier) == 1 then
+      if string.sub(known, 1, separator - 1) ~= fingerprint then return {'conflict', {}} end
+      return {'replayed', redis.call('HGETALL', earlier)}
     end
   end
 end
-if redis.call('LLEN', wait) + redis.call('ZCARD', delayed) >= tonumber(ARGV[9]) then return {'full', ''} end
+if redis.call('LLEN', wait) + redis.call('ZCARD', delayed) >= tonumber(ARGV[9]) then return {'full', {}} end
 
 local now = clock()
 redis.call('HSET', job, 'id', id, 'user', user, 'status', 'queued', 'file_ids', ARGV[3], 'total_files', ARGV[4],
@@ -41,4 +41,4 @@ redis.call('ZREMRANGEBYSCORE', user_jobs, '-inf', now - ARGV[10] * 1000)
 redis.call('EXPIRE', user_jobs, ARGV[10])
 if idem_ttl > 0 then redis.call('SET', idem, fingerprint .. ' ' .. id, 'EX', idem_ttl) end
 redis.call('LPUSH', wait, id)
-return {'accepted', id}
+return {'accepted', redis.call('HGETALL', job)}
