@@ -50,7 +50,10 @@ class Buckets(Connected):
         config = self._store.config
         url = self._store.files_url if bucket == config.source_bucket else self._store.archives_url
         try:
-            async with asyncio.timeout(config.connect_timeout), self._store.wire.send("HEAD", url):
+            async with (
+                asyncio.timeout(config.connect_timeout),
+                self._store.wire.send("HEAD", url, operation="HeadBucket"),
+            ):
                 pass
         except Refused as refusal:
             if refusal.status != 404:

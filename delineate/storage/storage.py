@@ -23,6 +23,7 @@ from delineate.storage.address import bucket_url
 from delineate.storage.archives import Archives
 from delineate.storage.buckets import Buckets
 from delineate.storage.connection import Connection
+from delineate.storage.metering import meter
 from delineate.storage.signing import Signer
 from delineate.storage.sources import Sources
 from delineate.storage.wire import Wire
@@ -58,6 +59,7 @@ async def open_storage(config: StorageConfig, *, service: str = "") -> AsyncIter
         try:
             credentials = await session.get_credentials()
             client = await stack.enter_async_context(_client(session, config, agent, ca_file))
+            meter(client)
             async with _client(session, public, agent, ca_file) as public_client:
                 links_url = await bucket_url(public_client, config.archive_bucket)
             files_url = await bucket_url(client, config.source_bucket)

@@ -14,10 +14,12 @@ from aiohttp.payload import Payload
 from yarl import URL
 
 from delineate.storage.faults import Refused
+from delineate.storage.metering import metered
 from delineate.storage.signing import Signer
 
 _SLICE_BYTES = 256 * 1024
 _ERROR_BYTES = 16 * 1024
+_OPERATIONS = {"GET": "GetObject", "HEAD": "HeadObject"}
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,64})\s*</Code>")
 
 
@@ -35,40 +37,44 @@ class Wire:
 
     @asynccontextmanager
     async def send(
-        self, method: str, url: str, unsigned: Mapping[str, str] | None = None
+        self, method: str, url: str, unsigned: Mapping[str, str] | None = None, *, operation: str | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer to a request without a body, once its headers are here.
 
         `unsigned` headers are sent but not signed: signing costs CPU for each, and S3 asks
-        only for Host and x-amz-*. Raises Refused for every status from 300.
+        only for Host and x-amz-*. `operation` names the request in metrics where the
+        method does not. Raises Refused for every status from 300.
         """
         headers = await self._signer.headers(method, url, {})
         if unsigned:
             headers.update(unsigned)
-        async with self._http.request(
-            method, URL(url, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False
-        ) as response:
-            if response.status >= 300:
-                raise await _refusal(response)
-            yield response
+        with metered(operation or _OPERATIONS[method]):
+            async with self._http.request(
+                method, URL(url, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False
+            ) as response:
+                if response.status >= 300:
+                    raise await _refusal(response)
+                yield response
 
     async def put(self, url: str, body: memoryview, headers: Mapping[str, str]) -> Mapping[str, str]:
         """PUT `body`, which is never copied as a whole; the headers of the answer. Raises Refused."""
         signed = await self._signer.headers("PUT", url, headers)
         # aiohttp's sock_read does not watch the sending side: a store that stops reading would hold us forever.
-        async with asyncio.timeout(self._stall_seconds) as deadline:
-            slices = _Slices(body, deadline, self._stall_seconds)
-            try:
-                async with self._http.put(
-                    URL(url, encoded=True), headers=signed, data=slices, proxy=self._proxy, allow_redirects=False
-                ) as response:
-                    if response.status >= 300:
-                        raise await _refusal(response)
-                    await response.read()
-                    return response.headers.copy()
-            except BaseException:
-                slices.abandon()
-                raise
+        operation = "UploadPart" if "partNumber=" in url else "PutObject"
+        with metered(operation):
+            async with asyncio.timeout(self._stall_seconds) as deadline:
+                slices = _Slices(body, deadline, self._stall_seconds)
+                try:
+                    async with self._http.put(
+                        URL(url, encoded=True), headers=signed, data=slices, proxy=self._proxy, allow_redirects=False
+                    ) as response:
+                        if response.status >= 300:
+                            raise await _refusal(response)
+                        await response.read()
+                        return response.headers.copy()
+                except BaseException:
+                    slices.abandon()
+                    raise
 
 
 class _Slices(Payload):
