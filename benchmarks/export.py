@@ -3,8 +3,9 @@
     python -m benchmarks.export [--rounds 3] [--quick]
 
 Both exporters run against the same real S3 server (`rclone serve s3`), each
-run in a fresh process, the exporters taking turns. `delineate` is
-`delineate.worker.run_job`, the code that workers run. `zipfile` is the
+run in a fresh process, the exporters taking turns. `delineate` is a claimed
+job run and finished by the code that workers run, with a real Redis that
+records every part. `zipfile` is the
 standard library's zipfile on a stream that cannot seek, fed by one GET after
 the other and uploaded by aiobotocore in parts of the same size.
 
@@ -32,10 +33,12 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 from delineate.config import Config, load_config
-from delineate.embedded import s3_command, s3_environment
-from delineate.job import Job, JobStatus, Progress, Stage, new_job_id
+from delineate.embedded import redis_command, s3_command, s3_environment
+from delineate.job import NewJob, new_job_id
+from delineate.queue import open_queue
 from delineate.storage import open_storage
 from delineate.worker.run_job import run_job
+from delineate.worker.upload import ArchiveUpload
 from tests.servers import ServerProcess, free_port
 
 if TYPE_CHECKING:
@@ -63,24 +66,16 @@ def file_ids(case: Case, index: int) -> tuple[int, ...]:
 
 async def export_with_delineate(config: Config, ids: tuple[int, ...]) -> tuple[int, float]:
     """Archive bytes, and seconds with the clients open already, as in a worker."""
-    job = Job(
-        id=new_job_id(),
-        user="bench",
-        status=JobStatus.PROCESSING,
-        file_ids=ids,
-        on_missing="fail",
-        progress=Progress(percent=0, current_file=0, stage=Stage.PLANNING, message=""),
-        attempts=1,
-        crashes=0,
-        version=1,
-        token=1,
-        created_at=time.time(),
-        updated_at=time.time(),
-    )
-    async with open_storage(config.storage) as storage:
+    async with open_storage(config.storage) as storage, open_queue(config) as queue:
         await storage.check()
+        worker = f"bench-{uuid.uuid4().hex}"
+        await queue.register(worker)
+        await queue.enqueue(NewJob(id=new_job_id(), user="bench", file_ids=ids))
+        (lease,) = await queue.claim(worker, 1)
         start = time.perf_counter()
-        result = await run_job(job, storage, config, lambda progress: None)
+        upload = ArchiveUpload(lease, queue, storage)
+        result = await run_job(lease.job, storage, config, upload, lambda progress: None)
+        await queue.finish(lease, result)
         return result.size, time.perf_counter() - start
 
 
@@ -181,8 +176,9 @@ def seed(folder: Path, cases: tuple[Case, ...]) -> None:
             (folder / str(file_id)).write_bytes(noise)
 
 
-def environment(port: int) -> dict[str, str]:
+def environment(port: int, redis_port: int) -> dict[str, str]:
     return {
+        "DELINEATE__REDIS__URL": f"redis://127.0.0.1:{redis_port}/0",
         "DELINEATE_ENV": "production",
         "DELINEATE__STORAGE__ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "DELINEATE__STORAGE__ACCESS_KEY_ID": ACCESS_KEY,
@@ -201,7 +197,10 @@ def measure(cases: tuple[Case, ...], rounds: int, quick: bool) -> dict[str, Any]
         server = ServerProcess(
             s3_command(data, port), port, Path(temporary) / "log", s3_environment(ACCESS_KEY, SECRET_KEY)
         )
+        redis_port = free_port()
+        redis = ServerProcess(redis_command(Path(temporary), redis_port), redis_port, Path(temporary) / "redis.log")
         server.start()
+        redis.start()
         try:
             for _ in range(rounds):
                 for index, case in enumerate(cases):
@@ -209,7 +208,7 @@ def measure(cases: tuple[Case, ...], rounds: int, quick: bool) -> dict[str, Any]
                         command = [sys.executable, "-m", "benchmarks.export", "--one", exporter, str(index)]
                         done = subprocess.run(
                             [*command, *(["--quick"] if quick else [])],
-                            env={**os.environ, **environment(port)},
+                            env={**os.environ, **environment(port, redis_port)},
                             capture_output=True,
                             text=True,
                             check=False,
@@ -219,6 +218,7 @@ def measure(cases: tuple[Case, ...], rounds: int, quick: bool) -> dict[str, Any]
                         line = json.loads(done.stdout.splitlines()[-1])
                         results.setdefault(case.name, {}).setdefault(exporter, []).append(line)
         finally:
+            redis.stop()
             server.stop()
     return {case.name: summary(case, results[case.name]) for case in cases}
 

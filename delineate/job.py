@@ -105,6 +105,25 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     modified: float
 
 
+class Upload(msgspec.Struct, frozen=True, kw_only=True):
+    """An unfinished multipart upload of an archive: what another attempt needs to go on with it.
+
+    `digest` is of the plan: only a plan with the same digest makes the same parts.
+    """
+
+    key: str
+    upload_id: str
+    digest: str
+
+
+class SavedPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part that the store has: its `number` from 1, its ETag, and the CRC-32 of each file segment in it."""
+
+    number: int
+    etag: str
+    crcs: tuple[int, ...]
+
+
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     """What a client asks for, before it is accepted. `id` is made by the caller so that enqueue can be repeated.
 
@@ -144,6 +163,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: float | None = None
     due_at: float | None = None
     worker: str | None = None
+    upload: Upload | None = None
     result: ArchiveResult | None = None
     failure: Failure | None = None
     traceparent: str = ""

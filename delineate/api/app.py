@@ -32,8 +32,8 @@ from delineate.api.links import Links
 from delineate.api.routing import Table
 from delineate.config import ApiConfig, Config
 from delineate.errors import StartupError
+from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvents, open_job_events
-from delineate.queue.queue import Queue, open_queue
 from delineate.storage import Storage, open_storage
 from delineate.telemetry.metrics import check_metrics
 

@@ -18,7 +18,7 @@ from delineate.api.links import Link
 from delineate.api.schemas import ExportRequest, parse_export, parse_idempotency_key, require_json
 from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
-from delineate.queue.queue import Enqueued
+from delineate.queue import Enqueued
 from delineate.telemetry.metrics import DOWNLOADS
 
 # The reference polls every 2 to 5 seconds.

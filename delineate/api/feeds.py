@@ -18,8 +18,8 @@ from delineate.api.handler import encode_json
 from delineate.api.links import Link, Links
 from delineate.errors import DelineateError, JobNotFound
 from delineate.job import Job, JobStatus
+from delineate.queue import Queue
 from delineate.queue.progress import JobEvent, JobEvents
-from delineate.queue.queue import Queue
 
 _log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from delineate.api.limits import Limiter
     from delineate.api.links import Links
     from delineate.config import Config
-    from delineate.queue.queue import Queue, RateLimit
+    from delineate.queue import Queue, RateLimit
     from delineate.storage import Storage
 
 _log = logging.getLogger(__name__)

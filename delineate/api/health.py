@@ -11,7 +11,7 @@ from typing import TypeVar
 from delineate.api.documents import HealthDocument
 from delineate.api.handler import Answer, Request, Route, json_answer
 from delineate.errors import DelineateError
-from delineate.queue.queue import Queue, QueueStats
+from delineate.queue import Queue, QueueStats
 from delineate.storage import Storage
 from delineate.telemetry.metrics import EXPORT_QUEUE_SIZE, render_metrics
 

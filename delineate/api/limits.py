@@ -7,7 +7,7 @@ import math
 from delineate.api.handler import Request
 from delineate.config import RateLimitConfig
 from delineate.errors import RateLimited
-from delineate.queue.queue import Queue, RateLimit
+from delineate.queue import Queue, RateLimit
 
 
 class Limiter:

@@ -9,6 +9,8 @@ transition finds everything it touches in one slot.
     queue:active:{worker} list    ids a worker process holds: the list names its owner
     queue:delayed         zset    ids of attempts waiting for their backoff, by due time (ms)
     queue:failed          list    dead letters, newest at the left
+    job:{id}:parts        hash    parts of the job's unfinished upload, by number; ends with the upload
+    queue:abandoned       zset    uploads that must be aborted, by due time (ms)
     queue:workers         zset    worker ids by the end of their lease (ms); negative: declared dead at
                                   that time, kept for a while so that a late BLMOVE into its list is found
     idem:{user}:{key}     string  "<fingerprint> <job id>" of an Idempotency-Key; 24 h
@@ -29,10 +31,14 @@ class Keys:
         self.wait = f"{self.base}queue:wait"
         self.delayed = f"{self.base}queue:delayed"
         self.failed = f"{self.base}queue:failed"
+        self.abandoned = f"{self.base}queue:abandoned"
         self.workers = f"{self.base}queue:workers"
 
     def job(self, job_id: str) -> str:
         return f"{self.base}job:{job_id}"
+
+    def parts(self, job_id: str) -> str:
+        return f"{self.base}job:{job_id}:parts"
 
     def channel(self, job_id: str) -> str:
         return f"{self.base}job:{job_id}"

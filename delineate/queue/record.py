@@ -11,11 +11,13 @@ from typing import Literal, cast
 import msgspec
 
 from delineate.errors import DelineateError
-from delineate.job import ArchiveResult, ErrorClass, Failure, Job, JobStatus, Progress, Stage
+from delineate.job import ArchiveResult, ErrorClass, Failure, Job, JobStatus, Progress, SavedPart, Stage, Upload
 
 _FILE_IDS = msgspec.json.Decoder(tuple[int, ...])
 _RESULT = msgspec.json.Decoder(ArchiveResult)
 _FAILURE = msgspec.json.Decoder(Failure)
+_UPLOAD = msgspec.json.Decoder(Upload)
+_PART = msgspec.json.Decoder(SavedPart)
 
 
 class CorruptRecord(DelineateError):
@@ -34,7 +36,7 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
     if not fields or fields.get("status") == "withdrawn":
         return None
     try:
-        error, result = fields.get("error"), fields.get("result")
+        error, result, upload = fields.get("error"), fields.get("result"), fields.get("upload")
         return Job(
             id=fields["id"],
             user=fields["user"],
@@ -59,6 +61,7 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
             completed_at=_seconds(fields.get("completed_at")),
             due_at=_seconds(fields.get("due_at")),
             worker=fields["worker"] or None,
+            upload=_UPLOAD.decode(upload) if upload else None,
             result=_RESULT.decode(result) if result else None,
             failure=_FAILURE.decode(error) if error else None,
             traceparent=fields["traceparent"],
@@ -70,12 +73,25 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
         raise CorruptRecord(job_id, str(error)) from error
 
 
-def encode_failure(failure: Failure) -> str:
-    return msgspec.json.encode(failure).decode()
+def encode(value: Failure | ArchiveResult | Upload | SavedPart) -> str:
+    """The JSON of a structure that stands in one field."""
+    return msgspec.json.encode(value).decode()
 
 
-def encode_result(result: ArchiveResult) -> str:
-    return msgspec.json.encode(result).decode()
+def parse_part(text: str) -> SavedPart | None:
+    """None if it is not what delineate wrote: the part is then made again."""
+    try:
+        return _PART.decode(text)
+    except msgspec.MsgspecError:
+        return None
+
+
+def parse_upload(text: str) -> Upload | None:
+    """None if it is not what delineate wrote."""
+    try:
+        return _UPLOAD.decode(text)
+    except msgspec.MsgspecError:
+        return None
 
 
 POISON = Failure(

@@ -129,6 +129,14 @@ class Scripts:
         )
         return bool(reply)
 
+    async def begin_upload(self, hold: Hold, upload: str) -> bool:
+        keys = [self._keys.job(hold.job_id), self._keys.abandoned]
+        return bool(await self._run("begin_upload", keys, hold.token, upload))
+
+    async def save_part(self, hold: Hold, number: int, part: str) -> bool:
+        keys = [self._keys.job(hold.job_id), self._keys.parts(hold.job_id)]
+        return bool(await self._run("save_part", keys, hold.token, number, part))
+
     async def finish(self, hold: Hold, result: str, message: str, keep_seconds: int) -> Settled:
         return await self._settle("finish", hold, [], hold.token, result, message, keep_seconds)
 
@@ -139,7 +147,8 @@ class Scripts:
         return await self._settle("release", hold, [self._keys.wait], hold.token)
 
     async def bury(self, hold: Hold, failure: str, message: str, keep_seconds: int) -> Settled:
-        return await self._settle("bury", hold, [self._keys.failed], hold.token, failure, message, keep_seconds)
+        more_keys = [self._keys.failed, self._keys.abandoned]
+        return await self._settle("bury", hold, more_keys, hold.token, failure, message, keep_seconds)
 
     async def _settle(self, name: str, hold: Hold, more_keys: list[str], *arguments: str | int) -> Settled:
         keys = [self._keys.job(hold.job_id), self._keys.active(hold.worker), *more_keys]

@@ -22,6 +22,7 @@ from delineate.telemetry.metrics import DOWNLOADS_ACTIVE, EXPORT_JOB_DURATION, E
 from delineate.worker.report import Reporter
 from delineate.worker.run_job import run_job
 from delineate.worker.tasks import beside
+from delineate.worker.upload import ArchiveUpload
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Attempt:
         self._queue = queue
         self._storage = storage
         self._config = config
+        self._upload = ArchiveUpload(lease, queue, storage)
         self._lost = False
         self._settling = False
         self._context = {"jobId": lease.job.id, "userId": lease.job.user, "attempt": lease.job.attempts}
@@ -63,11 +65,15 @@ class Attempt:
                 await self._pack_and_finish()
         except asyncio.CancelledError:
             if self._lost:
-                self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+                await self._drop()
             else:
                 await hand_back(self._queue, self.lease)
         except LeaseLost:
-            self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+            await self._drop()
+
+    async def _drop(self) -> None:
+        self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+        await self._upload.abort_if_unwanted()
 
     async def _pack_and_finish(self) -> None:
         started = time.monotonic()
@@ -75,7 +81,7 @@ class Attempt:
         reporter = Reporter(queue, lease, self._config.worker.progress_interval, self.lose)
         try:
             async with beside(reporter.run()):
-                result = await run_job(lease.job, self._storage, self._config, reporter.report)
+                result = await run_job(lease.job, self._storage, self._config, self._upload, reporter.report)
         except JobError as error:
             await self._fail(error, started)
         except LeaseLost:

@@ -1,4 +1,7 @@
-"""The janitor: due retries, dead workers, old dead letters. It runs in every worker; there is no leader."""
+"""The janitor: due retries, dead workers, old dead letters, uploads that nobody will finish.
+
+It runs in every worker; there is no leader, because every step can be done twice.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ import random
 import time
 
 from delineate.config import QueueConfig
-from delineate.errors import QueueUnavailable
+from delineate.errors import JobError, QueueUnavailable
 from delineate.queue import Queue
+from delineate.storage import Storage
 
 log = logging.getLogger(__name__)
 
+MAX_ABORTS = 50
+
 
 class Janitor:
-    def __init__(self, queue: Queue, config: QueueConfig) -> None:
+    def __init__(self, queue: Queue, storage: Storage, config: QueueConfig) -> None:
         self._queue = queue
+        self._storage = storage
         self._config = config
         self._reachable_since: float | None = None
 
@@ -29,6 +36,17 @@ class Janitor:
             except QueueUnavailable as error:
                 self._reachable_since = None
                 log.debug("%s", error)
+
+    async def abort_uploads_forever(self) -> None:
+        """Apart from `run`, so that a store that hangs keeps nobody from reaping."""
+        while True:
+            await asyncio.sleep(self._config.janitor_interval * random.uniform(0.5, 1.5))
+            try:
+                for upload in await self._queue.abandoned_uploads(MAX_ABORTS):
+                    await self._storage.abort_upload(upload.key, upload.upload_id)
+                    await self._queue.forget_upload(upload)
+            except (QueueUnavailable, JobError) as error:
+                log.debug("%s", error)  # it stays in the list; whoever uses Redis or the store says what is wrong
 
     async def tidy_up(self) -> None:
         await self._queue.promote()

@@ -61,11 +61,16 @@ class Worker:
         """Work until `stop` is set, then drain."""
         if not await self._join(stop):
             return
-        janitor = Janitor(self._queue, self._config.queue)
-        async with beside(self._heartbeat_forever()) as heartbeat, beside(janitor.run()) as tidying:
+        janitor = Janitor(self._queue, self._storage, self._config.queue)
+        async with (
+            beside(self._heartbeat_forever()) as heartbeat,
+            beside(janitor.run()) as tidying,
+            beside(janitor.abort_uploads_forever()) as aborting,
+        ):
             async with beside(self._fetch_forever()) as fetching, beside(stop.wait()) as stopped:
                 # None of the loops ends by itself: one that does has a bug, and the process must not go on without it.
-                await asyncio.wait({stopped, fetching, heartbeat, tidying}, return_when=asyncio.FIRST_COMPLETED)
+                loops = {fetching, heartbeat, tidying, aborting}
+                await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
             await self._return_unclaimed()
             await self._drain()
         await self._leave()

@@ -5,9 +5,8 @@
     build     parts are fetched, checksummed and uploaded side by side
     check     the archive in the store must have the planned size
 
-Nothing under the archive's key is visible before the build is complete, and
-what was uploaded is forgotten when the attempt ends in any other way. Whether
-the result counts is decided afterwards by the finish transition.
+Nothing under the archive's key is visible before the build is complete.
+Whether the result counts is decided afterwards by the finish transition.
 """
 
 from __future__ import annotations
@@ -15,36 +14,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
-from delineate.archive.build import PutPart, build_archive
+from delineate.archive.build import build_archive
 from delineate.archive.plan import ArchivePlan, plan_archive
-from delineate.config import Config
-from delineate.errors import FilesMissing, JobError, JobTimeout, SourceChanged, StorageUnavailable
+from delineate.config import ArchiveConfig, Config
+from delineate.errors import FilesMissing, JobTimeout, SourceChanged, StorageUnavailable
 from delineate.job import ArchiveResult, Job
 from delineate.storage import Storage
 from delineate.worker.files import Files
 from delineate.worker.report import PackingProgress, Report
+from delineate.worker.upload import ArchiveUpload
 
 log = logging.getLogger(__name__)
 
 MANIFEST_NAME = "delineate-skipped.txt"
-ABORT_SECONDS = 5.0
 MAX_PLANS = 3
 
 
-async def run_job(job: Job, storage: Storage, config: Config, report: Report) -> ArchiveResult:
+async def run_job(job: Job, storage: Storage, config: Config, upload: ArchiveUpload, report: Report) -> ArchiveResult:
     """Pack the job's files into one archive in S3; the archive is there, whole, when this returns.
 
-    Raises JobError; its `error_class` says whether another attempt makes sense.
+    `upload` is this attempt's part in the job's multipart upload, which outlives the attempt.
+    Raises JobError; its `error_class` says whether another attempt makes sense. Raises LeaseLost.
     """
     try:
         async with asyncio.timeout(config.worker.job_timeout) as limit:
             await _simulated_delay(config)
             for plans_left in reversed(range(MAX_PLANS)):
                 try:
-                    return await _run(job, storage, config, report)
+                    return await _run(job, storage, config, upload, report)
                 except SourceChanged as error:
                     if not plans_left:
                         raise
@@ -58,7 +56,7 @@ async def run_job(job: Job, storage: Storage, config: Config, report: Report) ->
         ) from error
 
 
-async def _run(job: Job, storage: Storage, config: Config, report: Report) -> ArchiveResult:
+async def _run(job: Job, storage: Storage, config: Config, upload: ArchiveUpload, report: Report) -> ArchiveResult:
     files = Files(storage, config.archive)
     missing = await files.look_up(job, report)
     if missing and (job.on_missing == "fail" or len(missing) == job.total_files):
@@ -78,61 +76,53 @@ async def _run(job: Job, storage: Storage, config: Config, report: Report) -> Ar
         skipped_file_ids=tuple(missing),
     )
     packing = PackingProgress(plan.total_bytes, job.total_files, len(missing), report)
-    await _build(plan, files, storage, config, result, packing)
+    await _build(plan, files, storage, config.archive, result, upload, packing)
     return result
 
 
 async def _build(
-    plan: ArchivePlan, files: Files, storage: Storage, config: Config, result: ArchiveResult, report: PackingProgress
+    plan: ArchivePlan,
+    files: Files,
+    storage: Storage,
+    settings: ArchiveConfig,
+    result: ArchiveResult,
+    upload: ArchiveUpload,
+    report: PackingProgress,
 ) -> None:
-    settings = config.archive
-
-    async def build(put_part: PutPart) -> list[tuple[int, str]]:
-        receipts = await build_archive(
-            plan,
-            files.read,
-            put_part,
-            slots=settings.slots,
-            fetch_concurrency=settings.fetch_concurrency,
-            on_progress=report.packing,
-        )
-        return [(receipt.number, receipt.etag) for receipt in receipts]
-
     if plan.part_count == 1:
         # One request in place of three, and just as atomic.
         async def put_whole(number: int, body: memoryview) -> str:
             await storage.put_archive(result.key, body, result.filename)
             return ""
 
-        await build(put_whole)
+        await build_archive(
+            plan,
+            files.read,
+            put_whole,
+            slots=settings.slots,
+            fetch_concurrency=settings.fetch_concurrency,
+            on_progress=report.packing,
+        )
         stored = await storage.stat_archive(result.key)
         if stored is None or stored.size != result.size:
             raise StorageUnavailable("The file store reported success but does not hold the archive.")
         return
 
-    async with _upload(storage, result) as upload_id:
-
-        async def put_part(number: int, body: memoryview) -> str:
-            return await storage.put_part(result.key, upload_id, number, body)
-
-        parts = await build(put_part)
-        report.finishing()
-        await storage.complete_upload(result.key, upload_id, parts, plan.total_bytes)
-
-
-@asynccontextmanager
-async def _upload(storage: Storage, result: ArchiveResult) -> AsyncIterator[str]:
-    """A multipart upload that is aborted unless the block ends well, also when it is cancelled."""
-    upload_id = await storage.start_upload(result.key, result.filename)
-    try:
-        yield upload_id
-    except BaseException:
-        try:
-            async with asyncio.timeout(ABORT_SECONDS):
-                await storage.abort_upload(result.key, upload_id)
-        except (JobError, TimeoutError) as error:
-            log.warning("an upload could not be aborted; the bucket's lifecycle rule removes it: %s", error)
-        raise
+    done = await upload.open(plan, result)
+    if done is None:
+        return
+    receipts = await build_archive(
+        plan,
+        files.read,
+        upload.put_part,
+        slots=settings.slots,
+        fetch_concurrency=settings.fetch_concurrency,
+        on_progress=report.packing,
+        done=done,
+        on_part=upload.save,
+    )
+    report.finishing()
+    await upload.complete(receipts, plan.total_bytes)
 
 
 def _manifest(job: Job, missing: list[int]) -> list[tuple[str, bytes, float]]:

@@ -17,8 +17,8 @@ from tornado.netutil import bind_sockets
 from delineate.api.app import Api, listening, make_app
 from delineate.config import Config
 from delineate.job import ArchiveResult, ErrorClass, Failure, Job, Lease, NewJob, Progress, Stage, new_job_id
+from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvents, open_job_events
-from delineate.queue.queue import Queue, open_queue
 from delineate.storage import Storage, open_storage
 
 FAILURE = Failure(code="files_missing", error_class=ErrorClass.NOT_FOUND, message="1 of the files does not exist.")

@@ -96,7 +96,7 @@ async def working(b: Bench, config: Config | None = None) -> AsyncIterator[Worke
         await task
 
 
-def worker_process(config: Config, log: Path) -> subprocess.Popen[bytes]:
+def worker_process(config: Config, log: Path, **environ: str) -> subprocess.Popen[bytes]:
     """`delineate worker` as an operator runs it, configured by the environment alone."""
     env = {
         **os.environ,
@@ -112,6 +112,7 @@ def worker_process(config: Config, log: Path) -> subprocess.Popen[bytes]:
         "DELINEATE__PROCESSING__SIMULATED_DELAY__MIN": str(config.processing.simulated_delay.min),
         "DELINEATE__PROCESSING__SIMULATED_DELAY__MAX": str(config.processing.simulated_delay.max),
         "DELINEATE__WORKER__DRAIN_TIMEOUT": str(config.worker.drain_timeout),
+        **environ,
     }
     with log.open("ab") as out:
         return subprocess.Popen([sys.executable, "-m", "delineate", "worker"], env=env, stdout=out, stderr=out)

@@ -23,6 +23,7 @@ else
   return 'finished'
 end
 local now = clock()
+abandon_upload(job, base .. 'queue:abandoned', now)
 redis.call('HINCRBY', job, 'token', 1)
 redis.call('HSET', job, 'status', 'cancelled', 'stage', 'done', 'message', 'Cancelled', 'worker', '',
   'completed_at', now)

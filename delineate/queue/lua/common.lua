@@ -26,8 +26,19 @@ local function set_waiting(job, message)
     'progress', 0, 'current_file', 0, 'bytes_done', 0)
 end
 
+-- The job's upload will not be finished by anybody: have a janitor abort it.
+-- Its parts are in the key beside the job's.
+local function abandon_upload(job, abandoned, now)
+  local upload = redis.call('HGET', job, 'upload')
+  if not upload then return end
+  redis.call('ZADD', abandoned, now, upload)
+  redis.call('HDEL', job, 'upload')
+  redis.call('DEL', job .. ':parts')
+end
+
 -- The one place where a job becomes failed; its dead letter stands newest at the left.
-local function set_failed(job, failed, id, failure, message, now, ttl)
+local function set_failed(job, failed, abandoned, id, failure, message, now, ttl)
+  abandon_upload(job, abandoned, now)
   redis.call('HSET', job, 'status', 'failed', 'stage', 'done', 'error', failure, 'message', message,
     'completed_at', now)
   redis.call('LPUSH', failed, id)

@@ -14,7 +14,8 @@ local now = clock()
 redis.call('HSET', job, 'status', 'completed', 'stage', 'done', 'message', ARGV[4], 'result', ARGV[3],
   'completed_at', now, 'progress', 100, 'current_file', redis.call('HGET', job, 'total_files'),
   'bytes_done', redis.call('HGET', job, 'bytes_total'))
-redis.call('HDEL', job, 'error')
+redis.call('HDEL', job, 'error', 'upload')
+redis.call('DEL', job .. ':parts')
 redis.call('LREM', active, -1, id)
 redis.call('EXPIRE', job, ARGV[5])
 publish(job, now)

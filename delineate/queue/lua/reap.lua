@@ -24,7 +24,7 @@ local function reap_job(worker, id)
   elseif f[1] == 'processing' and f[2] == worker then
     redis.call('HINCRBY', job, 'token', 1)
     if redis.call('HINCRBY', job, 'crashes', 1) > max_crashes then
-      set_failed(job, failed, id, ARGV[6], ARGV[7], now, ARGV[3])
+      set_failed(job, failed, base .. 'queue:abandoned', id, ARGV[6], ARGV[7], now, ARGV[3])
       moved[#moved + 1] = worker
       moved[#moved + 1] = id
       moved[#moved + 1] = 'buried'

@@ -15,6 +15,7 @@ local existed = f[1] and f[1] ~= 'withdrawn'
 if f[1] == 'queued' then redis.call('LREM', wait, 1, id) end
 if f[1] == 'processing' then redis.call('LREM', base .. 'queue:active:' .. f[2], 1, id) end
 if existed then
+  abandon_upload(job, base .. 'queue:abandoned', clock())
   redis.call('ZREM', user_jobs, id)
   local record = redis.call('GET', idem)
   if record and string.sub(record, -#id) == id then redis.call('DEL', idem) end

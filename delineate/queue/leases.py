@@ -1,0 +1,173 @@
+"""What workers ask of the queue: register, claim, report, settle. Every call after a claim shows its fencing token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from typing import cast
+
+from delineate.errors import LeaseLost
+from delineate.job import ArchiveResult, ErrorClass, Failure, Lease, Progress, SavedPart, Upload
+from delineate.queue.base import Connected
+from delineate.queue.connection import unavailable
+from delineate.queue.record import CorruptRecord, encode, parse_job, parse_part
+from delineate.queue.scripts import Fenced, Hash, Hold, Settled
+
+log = logging.getLogger(__name__)
+
+
+class Leases(Connected):
+    async def register(self, worker: str) -> None:
+        """Make `worker` known; needed before its first claim."""
+        await self._repeat("registering a worker", lambda: self._beat(worker, register=True, leases=[]))
+
+    async def heartbeat(self, worker: str, leases: Iterable[Lease]) -> set[tuple[str, int]]:
+        """Stay alive for `queue.dead_after` seconds; job id and token of every lease that is lost.
+
+        One try: the next heartbeat is the retry. Raises LeaseLost if the worker was declared dead: all are lost.
+        """
+        with unavailable("heartbeat"):
+            async with asyncio.timeout(self._config.redis.operation_timeout):
+                return await self._beat(worker, register=False, leases=list(leases))
+
+    async def _beat(self, worker: str, *, register: bool, leases: list[Lease]) -> set[tuple[str, int]]:
+        life_ms = int(self._config.queue.dead_after * 1000)
+        try:
+            return await self._scripts.heartbeat(
+                worker, life_ms, register=register, holds=[_hold(lease) for lease in leases]
+            )
+        except Fenced:
+            raise LeaseLost(f"worker {worker} was declared dead") from None
+
+    async def retire(self, worker: str) -> list[str]:
+        """Leave the fleet; the ids of jobs that were still in the worker's list and went back uncharged."""
+        return await self._repeat("retiring a worker", lambda: self._scripts.retire(worker))
+
+    async def claim(self, worker: str, count: int, *, job_ids: Iterable[str] = ()) -> list[Lease]:
+        """Take `job_ids` that lie in the worker's own list, then the oldest waiting jobs up to `count` in all.
+
+        A reply that is lost leaves jobs in the worker's list (`held_ids` shows
+        them, `job_ids` claims them), so nothing is lost and this is not repeated here.
+        Raises LeaseLost if the worker was declared dead.
+        """
+        with unavailable("claiming jobs"):
+            async with asyncio.timeout(self._config.redis.operation_timeout):
+                try:
+                    records = await self._scripts.claim(worker, count, list(job_ids))
+                except Fenced:
+                    raise LeaseLost(f"worker {worker} was declared dead") from None
+        leases = []
+        for fields in records:
+            try:
+                job = parse_job(fields, fields.get("id", "?"))
+            except CorruptRecord as error:
+                await self._bury_corrupt(worker, fields, error)
+                continue
+            if job is not None:
+                leases.append(Lease(job=job, worker=worker, token=job.token))
+        return leases
+
+    async def _bury_corrupt(self, worker: str, fields: Hash, error: CorruptRecord) -> None:
+        """A record nobody can read must not stop the worker, nor be claimed for ever."""
+        log.error("%s; it is buried", error, extra={"context": {"jobId": error.job_id}})
+        failure = Failure(
+            code="corrupt_record", error_class=ErrorClass.INTERNAL, message="The job's record is damaged."
+        )
+        hold = Hold(error.job_id, worker, int(fields["token"]))
+        keep = int(self._config.retention.failed)
+        await self._repeat("burying a job", lambda: self._scripts.bury(hold, encode(failure), failure.message, keep))
+
+    async def wait_for_work(self, worker: str) -> str | None:
+        """Wait up to `queue.claim_wait` seconds for a job; its id, moved to the worker's list but not claimed.
+
+        The list it lands in names its owner, so a crash right after loses nothing.
+        Never repeated here: a BLMOVE whose reply was lost has moved a job.
+        Source: https://redis.io/docs/latest/commands/blmove/ (pattern: reliable queue)
+        """
+        with unavailable("waiting for work"):
+            return cast(
+                str | None,
+                await self._blocking.blmove(
+                    self._keys.wait,
+                    self._keys.active(worker),
+                    self._config.queue.claim_wait,  # type: ignore[arg-type]
+                    "RIGHT",
+                    "LEFT",
+                ),
+            )
+
+    async def held_ids(self, worker: str) -> list[str]:
+        """Every id in the worker's own list, claimed or not."""
+        key = self._keys.active(worker)
+        return await self._repeat(
+            "reading the own list", lambda: cast(Awaitable[list[str]], self._commands.lrange(key, 0, -1))
+        )
+
+    async def progress(self, lease: Lease, progress: Progress) -> None:
+        """Publish how far the attempt is. One try: the next report is the retry. Raises LeaseLost."""
+        with unavailable("reporting progress"):
+            async with asyncio.timeout(self._config.redis.operation_timeout):
+                taken = await self._scripts.progress(
+                    _hold(lease),
+                    percent=progress.percent,
+                    current_file=progress.current_file,
+                    stage=progress.stage,
+                    message=progress.message,
+                    bytes_done=progress.bytes_done,
+                    bytes_total=progress.bytes_total,
+                )
+        if not taken:
+            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+
+    async def begin_upload(self, lease: Lease, upload: Upload) -> None:
+        """Remember an upload before its first part, so that it is continued or aborted whatever happens.
+
+        Raises LeaseLost.
+        """
+        if not await self._repeat(
+            "recording an upload", lambda: self._scripts.begin_upload(_hold(lease), encode(upload))
+        ):
+            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+
+    async def save_part(self, lease: Lease, part: SavedPart) -> None:
+        """Remember a part that the store has. Raises LeaseLost."""
+        if not await self._repeat(
+            "recording a part", lambda: self._scripts.save_part(_hold(lease), part.number, encode(part))
+        ):
+            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+
+    async def saved_parts(self, job_id: str) -> list[SavedPart]:
+        """The remembered parts of the job's upload, in no order."""
+        key = self._keys.parts(job_id)
+        values = await self._repeat("reading parts", lambda: cast(Awaitable[list[str]], self._commands.hvals(key)))
+        return [part for value in values if (part := parse_part(value))]
+
+    async def finish(self, lease: Lease, result: ArchiveResult) -> None:
+        """Publish the archive; the job is completed. Raises LeaseLost."""
+        keep = int(self._config.retention.job)
+        message = "The archive is ready"
+        await self._settle(lease, lambda: self._scripts.finish(_hold(lease), encode(result), message, keep))
+
+    async def retry(self, lease: Lease, failure: Failure, delay_seconds: float) -> None:
+        """Have the job tried again after `delay_seconds`. Raises LeaseLost."""
+        delay_ms, message = math.ceil(delay_seconds * 1000), f"Trying again in {delay_seconds:.0f} s: {failure.message}"
+        await self._settle(lease, lambda: self._scripts.retry(_hold(lease), delay_ms, encode(failure), message))
+
+    async def release(self, lease: Lease) -> None:
+        """Hand the job back, next in line, without charging an attempt. Raises LeaseLost."""
+        await self._settle(lease, lambda: self._scripts.release(_hold(lease)))
+
+    async def bury(self, lease: Lease, failure: Failure) -> None:
+        """Fail the job for good; it becomes a dead letter. Raises LeaseLost."""
+        keep = int(self._config.retention.failed)
+        await self._settle(lease, lambda: self._scripts.bury(_hold(lease), encode(failure), failure.message, keep))
+
+    async def _settle(self, lease: Lease, call: Callable[[], Awaitable[Settled]]) -> None:
+        if await self._repeat("settling a job", call) == 0:
+            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+
+
+def _hold(lease: Lease) -> Hold:
+    return Hold(lease.job.id, lease.worker, lease.token)
