@@ -5,11 +5,12 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format clean tools
+.PHONY: help run test soak check format clean tools
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
 	@echo 'make test    run the whole test suite against real servers'
+	@echo 'make soak    break everything for MINUTES (5) while jobs run, and prove that none was lost'
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
@@ -20,6 +21,11 @@ run: .venv/.run
 
 test: .venv/.dev tools
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# Kills and restarts everything for MINUTES while jobs run, then proves that none was lost.
+MINUTES ?= 5
+soak: .venv/.dev
+	@$(PY) -m tests.chaos.soak --minutes $(MINUTES)
 
 check: .venv/.dev
 	@.venv/bin/ruff check .
