@@ -33,7 +33,6 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000, description="second
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000, description="a whole number from 1")]
 CountOrZero = Annotated[int, msgspec.Meta(ge=0, le=1_000, description="a whole number from 0 to 1000")]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 BucketName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
@@ -156,8 +155,6 @@ class LogConfig(Section, frozen=True, kw_only=True):
 
 
 class TelemetryConfig(Section, frozen=True, kw_only=True):
-    otlp_endpoint: str
-    sample_ratio: Ratio
     metrics_dir: str
 
 
@@ -396,7 +393,7 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
             f"{places.get('redis.url', 'conf/base.yml')}: redis.url: (hidden) is not allowed, "
             "expected a URL that starts with redis://, rediss:// or unix://"
         )
-    for key in ("storage.endpoint_url", "storage.public_endpoint_url", "telemetry.otlp_endpoint"):
+    for key in ("storage.endpoint_url", "storage.public_endpoint_url"):
         url = _get(msgspec.to_builtins(config), key)
         if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
             raise refuse(key, _without_password(url), "a URL such as https://s3.example.org, or nothing")

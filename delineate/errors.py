@@ -80,24 +80,12 @@ class InvalidRequest(RequestError):
     status, default_code = 400, "invalid_request"
 
 
-class Unauthorized(RequestError):
-    status, default_code = 401, "unauthorized"
-
-
-class Forbidden(RequestError):
-    status, default_code = 403, "forbidden"
-
-
 class JobNotFound(RequestError):
     status, default_code = 404, "job_not_found"
 
 
 class RouteNotFound(RequestError):
     status, default_code = 404, "not_found"
-
-
-class MethodNotAllowed(RequestError):
-    status, default_code = 405, "method_not_allowed"
 
 
 class JobNotReady(RequestError):

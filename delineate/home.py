@@ -82,6 +82,11 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
 
     Raises StartupError if it is in use, cannot be written or makes no sense.
     """
+    if path.is_dir() and any(path.iterdir()) and not (path / "run" / "lock").exists():
+        raise StartupError(
+            f"{path} has files that are not delineate's; DELINEATE_HOME must name a new or an empty folder, "
+            "or one that was its home before"
+        )
     try:
         for folder in FOLDERS:
             (path / folder).mkdir(parents=True, exist_ok=True)

@@ -160,6 +160,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     updated_at: float
     started_at: float | None = None
+    attempt_started_at: float | None = None
     completed_at: float | None = None
     due_at: float | None = None
     worker: str | None = None

@@ -249,7 +249,7 @@ def test_a_base_without_a_section_is_one_line_even_with_a_variable_for_it(conf: 
         f"redis:\n  url: http://user:{SECRET}@example.org\n",
         f"redis:\n  url: redis://user:{SECRET}@example.org:port/\n",
         f"storage:\n  endpoint_url: ftp://user:{SECRET}@example.org\n",
-        f"telemetry:\n  otlp_endpoint: ftp://user:{SECRET}@example.org\n",
+        f"storage:\n  public_endpoint_url: ftp://user:{SECRET}@example.org\n",
     ],
 )
 def test_no_error_shows_a_secret(conf: Path, content: str) -> None:

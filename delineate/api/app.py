@@ -106,11 +106,15 @@ class Api(HTTPServerConnectionDelegate):
         self.services.draining.set()
         self.services.feeds.wake_all()
         self.services.streams.end_all()
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=self.services.config.api.drain_timeout)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.services.config.api.drain_timeout
+        # Again and again: a connection that is kept alive may begin another request meanwhile.
+        while self._tasks and (left := end - loop.time()) > 0:
+            await asyncio.wait(self._tasks, timeout=left)
+        late = tuple(self._tasks)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
         # A stream that was being opened when the others ended.
         self.services.streams.end_all()
 

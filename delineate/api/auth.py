@@ -20,6 +20,8 @@ from delineate.config import Config
 from delineate.errors import ConfigError
 
 COOKIE = "delineate_session"
+# Characters of X-Forwarded-For, from its end: six hops of IPv6. A hop that is cut in two is no address and ends it.
+MAX_FORWARDED = 256
 _COOKIE_VALUE = re.compile(r"[A-Za-z0-9_-]{43}")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -85,9 +87,13 @@ def make_caller(trusted: Iterable[str]) -> Callable[[str, str], str]:
                 f"configuration: api.trusted_proxies: {text!r} is not allowed, expected networks such as 10.0.0.0/8"
             ) from None
 
+    def caller(peer: str, forwarded: str) -> str:
+        # Only the last hops can vouch, and a key of the cache must not be as long as a client likes.
+        return find(peer, forwarded[-MAX_FORWARDED:])
+
     # Cached: parsing addresses costs more than the rest of routing.
     @functools.lru_cache(maxsize=4096)
-    def caller(peer: str, forwarded: str) -> str:
+    def find(peer: str, forwarded: str) -> str:
         address = _address(peer)
         if address is None:
             return peer

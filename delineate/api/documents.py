@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import time
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -212,9 +211,9 @@ def _optional_time(unix_seconds: float | None) -> str | UnsetType:
 
 
 def _eta_seconds(job: Job) -> int | UnsetType:
-    """By the mean speed so far; unset while there is nothing to go by."""
-    done, total = job.progress.bytes_done, job.progress.bytes_total
-    if job.status is not JobStatus.PROCESSING or job.started_at is None or not 0 < done <= total:
+    """By the attempt's mean speed up to the last report; unset while there is nothing to go by."""
+    done, total, began = job.progress.bytes_done, job.progress.bytes_total, job.attempt_started_at
+    if job.status is not JobStatus.PROCESSING or began is None or not 0 < done <= total:
         return UNSET
-    elapsed = max(time.time() - job.started_at, 0.0)
-    return round(elapsed * (total - done) / done)
+    # Both times are by the clock of Redis, so that this machine's need not agree with it.
+    return round(max(job.updated_at - began, 0.0) * (total - done) / done)

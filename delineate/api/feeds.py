@@ -153,8 +153,11 @@ class Feeds:
                 feed.dirty = False
                 try:
                     await self._read(feed)
-                except DelineateError as error:
-                    _log.warning("a followed job cannot be read: %s", error, extra={"context": {"jobId": feed.job_id}})
+                except Exception as error:
+                    # Whatever it was, the streams still wait for the end of the job.
+                    bug = None if isinstance(error, DelineateError) else error
+                    context = {"jobId": feed.job_id}
+                    _log.warning("a followed job cannot be read: %s", error, exc_info=bug, extra={"context": context})
                     feed.dirty = True
                     await asyncio.sleep(REREAD_BACKOFF_SECONDS * random.uniform(0.5, 1.5))
         finally:

@@ -26,8 +26,8 @@ _CANNOT_SERVE = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.ClusterDownError,
 )
-# redis-py has no class of its own for these; https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
-_CANNOT_SERVE_CODES = ("MISCONF", "MASTERDOWN", "BUSY", "LOADING", "NOREPLICAS", "READONLY", "OOM")
+# redis-py has no class of its own for these (UNBLOCKED: a failover ended a blocking command); https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
+_CANNOT_SERVE_CODES = ("MISCONF", "MASTERDOWN", "BUSY", "LOADING", "NOREPLICAS", "READONLY", "OOM", "UNBLOCKED")
 
 
 def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis:

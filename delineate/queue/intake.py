@@ -23,10 +23,11 @@ from delineate.errors import (
     QueueFull,
     QueueUnavailable,
 )
-from delineate.job import Job, NewJob
+from delineate.job import Job, JobStatus, NewJob
 from delineate.queue.base import Connected
 from delineate.queue.connection import unavailable
 from delineate.queue.record import CorruptRecord, parse_job
+from delineate.telemetry.metrics import EXPORT_JOBS
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Intake(Connected):
         """Accept `new`: its record, the caller's list and the wait list, all at once or not at all.
 
         Safe to repeat with the same `new.id`. Raises QueueFull, IdempotencyConflict,
-        and QueueUnavailable when it could not be confirmed; then the job never runs.
+        and QueueUnavailable when it could not be confirmed; then the job never runs,
+        unless another call with the same idempotency key is given it first.
         """
         retention = self._config.retention
         try:
@@ -132,6 +134,8 @@ class Intake(Connected):
         job = await self.get(job_id)
         if outcome == "missing" or job is None:
             raise JobNotFound(f"there is no job {job_id}")
+        if outcome == "cancelled":
+            EXPORT_JOBS.labels(JobStatus.CANCELLED).inc()
         if outcome == "finished":
             raise JobFinished(f"job {job_id} is {job.status} already; only unfinished jobs can be cancelled")
         return job

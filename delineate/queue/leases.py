@@ -13,7 +13,7 @@ from delineate.job import ArchiveResult, ErrorClass, Failure, Lease, Progress, S
 from delineate.queue.base import Connected
 from delineate.queue.connection import unavailable
 from delineate.queue.record import CorruptRecord, encode, parse_job, parse_part
-from delineate.queue.scripts import Fenced, Hash, Hold, Settled
+from delineate.queue.scripts import Fenced, Hold, Settled
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,12 @@ class Leases(Connected):
     async def heartbeat(self, worker: str, leases: Iterable[Lease]) -> set[tuple[str, int]]:
         """Stay alive for `queue.dead_after` seconds; job id and token of every lease that is lost.
 
-        One try: the next heartbeat is the retry. Raises LeaseLost if the worker was declared dead: all are lost.
+        One try, short enough that another one fits before the lease ends.
+        Raises LeaseLost if the worker was declared dead: all are lost.
         """
+        queue, operation_timeout = self._config.queue, self._config.redis.operation_timeout
         with unavailable("heartbeat"):
-            async with asyncio.timeout(self._config.redis.operation_timeout):
+            async with asyncio.timeout(min(operation_timeout, (queue.dead_after - queue.heartbeat) / 2)):
                 return await self._beat(worker, register=False, leases=list(leases))
 
     async def _beat(self, worker: str, *, register: bool, leases: list[Lease]) -> set[tuple[str, int]]:
@@ -52,30 +54,33 @@ class Leases(Connected):
         them, `job_ids` claims them), so nothing is lost and this is not repeated here.
         Raises LeaseLost if the worker was declared dead.
         """
+        keep = int(self._config.retention.failed)
         with unavailable("claiming jobs"):
             async with asyncio.timeout(self._config.redis.operation_timeout):
                 try:
-                    records = await self._scripts.claim(worker, count, list(job_ids))
+                    records = await self._scripts.claim(worker, count, list(job_ids), keep)
                 except Fenced:
                     raise LeaseLost(f"worker {worker} was declared dead") from None
         leases = []
-        for fields in records:
+        for job_id, fields in records:
+            if not fields:
+                log.error("the record of job %s is damaged; it is buried", job_id, extra={"context": {"jobId": job_id}})
+                continue
             try:
-                job = parse_job(fields, fields.get("id", "?"))
+                job = parse_job(fields, job_id)
             except CorruptRecord as error:
-                await self._bury_corrupt(worker, fields, error)
+                await self._bury_corrupt(Hold(job_id, worker, int(fields["token"])), error)
                 continue
             if job is not None:
                 leases.append(Lease(job=job, worker=worker, token=job.token))
         return leases
 
-    async def _bury_corrupt(self, worker: str, fields: Hash, error: CorruptRecord) -> None:
+    async def _bury_corrupt(self, hold: Hold, error: CorruptRecord) -> None:
         """A record nobody can read must not stop the worker, nor be claimed for ever."""
-        log.error("%s; it is buried", error, extra={"context": {"jobId": error.job_id}})
+        log.error("%s; it is buried", error, extra={"context": {"jobId": hold.job_id}})
         failure = Failure(
             code="corrupt_record", error_class=ErrorClass.INTERNAL, message="The job's record is damaged."
         )
-        hold = Hold(error.job_id, worker, int(fields["token"]))
         keep = int(self._config.retention.failed)
         await self._repeat("burying a job", lambda: self._scripts.bury(hold, encode(failure), failure.message, keep))
 

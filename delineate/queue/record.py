@@ -58,6 +58,7 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
             created_at=int(fields["created_at"]) / 1000,
             updated_at=int(fields["updated_at"]) / 1000,
             started_at=_seconds(fields.get("started_at")),
+            attempt_started_at=_seconds(fields.get("attempt_started_at")),
             completed_at=_seconds(fields.get("completed_at")),
             due_at=_seconds(fields.get("due_at")),
             worker=fields["worker"] or None,

@@ -97,13 +97,15 @@ class Scripts:
         keys = [k.job(job_id), k.user_jobs(user), k.wait, k.idempotency(user, idempotency_key or "")]
         return bool(await self._run("withdraw", keys, job_id, k.base, tombstone_seconds))
 
-    async def claim(self, worker: str, count: int, job_ids: list[str]) -> list[Hash]:
-        """Raises Fenced."""
+    async def claim(self, worker: str, count: int, job_ids: list[str], keep_seconds: int) -> list[tuple[str, Hash]]:
+        """Ids and records; a record that Lua could not use, and buried, is empty. Raises Fenced."""
         k = self._keys
-        reply = await self._run("claim", [k.wait, k.active(worker), k.workers], k.base, worker, count, *job_ids)
+        reply = await self._run(
+            "claim", [k.wait, k.active(worker), k.workers, k.failed], k.base, worker, count, keep_seconds, *job_ids
+        )
         if reply == "fenced":
             raise Fenced
-        return [_hash(flat) for flat in reply]
+        return [(job_id, _hash(flat)) for job_id, flat in reply]
 
     async def progress(
         self,

@@ -16,8 +16,11 @@ sets both, to the same directory, which exists, and is emptied when the containe
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from delineate.config import TelemetryConfig
 from delineate.errors import StartupError
@@ -79,10 +82,29 @@ def check_metrics(config: TelemetryConfig) -> None:
         )
 
 
+def _bury_the_dead(folder: Path) -> None:
+    """Take the gauges of killed processes out: nobody else could, and a container's pids are its own."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = file.stem.rpartition("_")[2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            mark_process_dead(int(pid), str(folder))  # type: ignore[no-untyped-call]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's, so the number was used again: nothing is known of ours
+    return True
+
+
 def render_metrics(config: TelemetryConfig) -> bytes:
     """The Prometheus text of every process that shares this one's metrics."""
     if not config.metrics_dir:
         return generate_latest(REGISTRY)
+    _bury_the_dead(Path(config.metrics_dir))
     registry = CollectorRegistry()
     MultiProcessCollector(registry, config.metrics_dir)  # type: ignore[no-untyped-call]
     return generate_latest(registry)

@@ -12,8 +12,10 @@ import time
 
 from delineate.config import QueueConfig
 from delineate.errors import JobError, QueueUnavailable
+from delineate.job import JobStatus
 from delineate.queue import Queue
 from delineate.storage import Storage
+from delineate.telemetry.metrics import EXPORT_JOBS
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ class Janitor:
         if now - self._reachable_since < self._config.dead_after:
             return
         for reaped in await self._queue.reap():
+            if reaped.buried:
+                EXPORT_JOBS.labels(JobStatus.FAILED).inc()
             outcome = "buried" if reaped.buried else "queued again"
             log.warning(
                 "a worker was lost, its job is %s",

@@ -100,6 +100,7 @@ class Worker:
                 self._slot_freed.clear()
                 await self._slot_freed.wait()
                 continue
+            worker = self.id
             try:
                 unsure = unsure or time.monotonic() - audited > AUDIT_SECONDS
                 if unsure:
@@ -108,7 +109,8 @@ class Worker:
                 else:
                     await self._claim(free)
             except LeaseLost:
-                # The heartbeat notices the same and gives this worker a new id.
+                # The heartbeat notices the same and gives this worker a new id. What came under the old one goes back.
+                await self._retire(worker)
                 await asyncio.sleep(self._config.queue.heartbeat)
             except QueueUnavailable as error:
                 # A reply may have been lost, and with it a job that now lies in our list.
@@ -117,12 +119,13 @@ class Worker:
                 await asyncio.sleep(random.uniform(0.2, 1))
 
     async def _claim(self, free: int) -> None:
-        leases = await self._queue.claim(self.id, free)
+        worker = self.id  # one id for all three calls: the heartbeat may change it in between
+        leases = await self._queue.claim(worker, free)
         if not leases:
-            moved = await self._queue.wait_for_work(self.id)
+            moved = await self._queue.wait_for_work(worker)
             if moved is None:
                 return
-            leases = await self._queue.claim(self.id, free, job_ids=[moved])
+            leases = await self._queue.claim(worker, free, job_ids=[moved])
         self._start(leases)
 
     async def _adopt(self, free: int) -> None:
@@ -167,17 +170,25 @@ class Worker:
 
     async def _start_over(self) -> None:
         """This process was silent for so long that its jobs are with others now."""
-        old, self.id = self.id, _new_worker_id()
-        context = {"worker": self.id, "was": old, "dropped": len(self._running)}
-        log.warning(
-            "declared dead by the others: all jobs dropped, going on as a new worker", extra={"context": context}
-        )
+        new = _new_worker_id()
+        context = {"worker": new, "was": self.id, "dropped": len(self._running)}
         for attempt in self._running.values():
             attempt.lose()
         try:
-            await self._queue.register(self.id)
+            await self._queue.register(new)
         except QueueUnavailable as error:
             log.warning("%s", error)  # the next heartbeat is refused again and comes back here
+            return
+        old, self.id = self.id, new
+        log.warning("declared dead by the others: all jobs dropped, on as a new worker", extra={"context": context})
+        await self._retire(old)
+
+    async def _retire(self, worker: str) -> None:
+        """Have `worker` remembered as dead from now on, and its list emptied, whatever lands there late."""
+        try:
+            await self._queue.retire(worker)
+        except QueueUnavailable as error:
+            log.warning("%s; the others will notice", error)
 
     async def _return_unclaimed(self) -> None:
         """Give back at once what the interrupted wait for work may have moved here."""

@@ -22,7 +22,19 @@ from delineate.errors import (
     QueueFull,
     QueueUnavailable,
 )
-from delineate.job import ArchiveResult, ErrorClass, Failure, JobStatus, Lease, NewJob, Progress, Stage, new_job_id
+from delineate.job import (
+    ArchiveResult,
+    ErrorClass,
+    Failure,
+    JobStatus,
+    Lease,
+    NewJob,
+    Progress,
+    SavedPart,
+    Stage,
+    Upload,
+    new_job_id,
+)
 from delineate.queue import Queue, open_queue
 from delineate.queue.connection import connect
 from delineate.queue.keys import Keys
@@ -476,6 +488,62 @@ async def test_a_damaged_record_is_buried_and_does_not_stop_the_worker(
         assert await b.redis.hget(b.keys.job(damaged), "status") == "failed"
         assert await b.active() == [good]
         assert damaged in caplog.text
+
+
+@pytest.mark.parametrize("field", ["attempts", "token", "version"])
+async def test_a_record_with_a_damaged_counter_is_buried_too(config: Config, field: str) -> None:
+    async with bench(config) as b:
+        damaged, good = await b.accepted(), await b.accepted()
+        await b.redis.hset(b.keys.job(damaged), field, "many")
+        leases = await b.queue.claim("w1", 2)
+        assert [lease.job.id for lease in leases] == [good]
+        assert await b.redis.lrange(b.keys.failed, 0, -1) == [damaged]
+        assert await b.active() == [good]
+        assert await b.redis.ttl(b.keys.job(damaged)) > 0
+
+
+async def test_a_job_that_a_client_was_given_by_its_key_is_not_withdrawn(config: Config) -> None:
+    """The first request got 503 because its reply was lost; the client repeated it and got the job."""
+    async with bench(config) as b:
+        new = new_job(idempotency_key="k", fingerprint="f")
+        await b.queue.enqueue(new)
+        replayed = await b.queue.enqueue(new_job(idempotency_key="k", fingerprint="f"))
+        assert replayed.job.id == new.id
+        assert not await b.queue._scripts.withdraw(new.id, new.user, "k", 60)
+        assert await b.waiting() == [new.id]
+
+
+async def test_a_cancelled_job_shows_no_failure_of_an_earlier_attempt(config: Config) -> None:
+    async with bench(config) as b:
+        lease = await b.claimed()
+        await b.queue.retry(lease, FAILURE, 60)
+        assert (await b.queue.cancel(lease.job.id)).failure is None
+
+
+async def test_uploads_are_recorded_replaced_and_given_up_with_their_job(config: Config) -> None:
+    async with bench(config) as b:
+        lease = await b.claimed()
+        first, second = (Upload(key="k", upload_id=upload_id, digest="d") for upload_id in ("u1", "u2"))
+        await b.queue.begin_upload(lease, first)
+        await b.queue.save_part(lease, SavedPart(number=1, etag='"e"', crcs=(7,)))
+        assert await b.queue.saved_parts(lease.job.id) == [SavedPart(number=1, etag='"e"', crcs=(7,))]
+        await b.queue.begin_upload(lease, second)
+        assert await b.queue.saved_parts(lease.job.id) == []
+        assert await b.queue.abandoned_uploads(9) == [first]
+        stale = msgspec.structs.replace(lease, token=lease.token - 1)
+        with pytest.raises(LeaseLost):
+            await b.queue.begin_upload(stale, first)
+        with pytest.raises(LeaseLost):
+            await b.queue.save_part(stale, SavedPart(number=2, etag='"e"', crcs=()))
+        await b.queue.retry(lease, FAILURE, 0)
+        await b.queue.promote()
+        (again,) = await b.queue.claim("w2", 1)
+        assert again.job.upload == second, "a retry goes on with the same upload"
+        await b.queue.bury(again, FAILURE)
+        assert {u.upload_id for u in await b.queue.abandoned_uploads(9)} == {"u1", "u2"}
+        for upload in (first, second):
+            await b.queue.forget_upload(upload)
+        assert await b.queue.abandoned_uploads(9) == []
 
 
 async def test_a_refused_job_never_runs_even_if_its_enqueue_comes_late(config: Config) -> None:

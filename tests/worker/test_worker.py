@@ -306,6 +306,24 @@ async def test_a_restart_of_redis_does_not_disturb_a_running_job(config: Config,
         redis.stop()
 
 
+async def test_a_failover_of_redis_does_not_end_idle_workers(config: Config, tmp_path: Path) -> None:
+    """A demoted master answers blocked clients with an error of its own."""
+    port = free_port()
+    redis = ServerProcess(redis_command(tmp_path, port), port, tmp_path / "log")
+    redis.start()
+    try:
+        config = replace(config, redis=replace(config.redis, url=f"redis://127.0.0.1:{port}/0"))
+        config = replace(config, queue=replace(config.queue, claim_wait=5))
+        async with bench(config) as b, working(b):
+            await asyncio.sleep(0.5)
+            await b.queue._commands.replicaof("127.0.0.1", str(free_port()))
+            await asyncio.sleep(0.3)
+            await b.queue._commands.replicaof("NO", "ONE")
+            assert (await b.ended(await b.export(await b.put(70000, 10)))).status == JobStatus.COMPLETED
+    finally:
+        redis.stop()
+
+
 async def test_a_killed_workers_job_is_done_by_another(config: Config, tmp_path: Path) -> None:
     async with bench(config) as b:
         await b.put(70000, 10)

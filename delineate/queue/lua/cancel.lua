@@ -27,7 +27,7 @@ abandon_upload(job, base .. 'queue:abandoned', now)
 redis.call('HINCRBY', job, 'token', 1)
 redis.call('HSET', job, 'status', 'cancelled', 'stage', 'done', 'message', 'Cancelled', 'worker', '',
   'completed_at', now)
-redis.call('HDEL', job, 'due_at')
+redis.call('HDEL', job, 'due_at', 'error')
 redis.call('EXPIRE', job, ARGV[3])
 publish(job, now)
 return 'cancelled'

@@ -25,6 +25,8 @@ if idem_ttl > 0 then
     local earlier = ARGV[12] .. 'job:' .. string.sub(known, separator + 1)
     if redis.call('EXISTS', earlier) == 1 then
       if string.sub(known, 1, separator - 1) ~= fingerprint then return {'conflict', {}} end
+      -- From here on a client was told that this job is accepted, whatever another one was told.
+      redis.call('HSET', earlier, 'confirmed', 1)
       return {'replayed', redis.call('HGETALL', earlier)}
     end
   end

@@ -2,6 +2,7 @@
 --
 -- The client was told 503. A tombstone stands in the job's place for a while,
 -- because the enqueue itself may still sit in a socket's buffer and come later.
+-- A job that was given to a client meanwhile, for its idempotency key, stays.
 --
 -- KEYS  1 job (hash)  2 the user's jobs (zset)  3 wait (list)  4 idempotency record (string)
 -- ARGV  1 id  2 base of all keys  3 life of the tombstone (s)
@@ -10,7 +11,8 @@
 local job, user_jobs, wait, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, base = ARGV[1], ARGV[2]
 
-local f = redis.call('HMGET', job, 'status', 'worker')
+local f = redis.call('HMGET', job, 'status', 'worker', 'confirmed')
+if f[3] then return 0 end
 local existed = f[1] and f[1] ~= 'withdrawn'
 if f[1] == 'queued' then redis.call('LREM', wait, 1, id) end
 if f[1] == 'processing' then redis.call('LREM', base .. 'queue:active:' .. f[2], 1, id) end
