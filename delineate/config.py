@@ -114,6 +114,7 @@ class StorageConfig(Section, frozen=True, kw_only=True):
     create_buckets: bool
     source_key: Name
     archive_prefix: str
+    archive_days: Annotated[int, msgspec.Meta(ge=1, le=3650)]
     connections: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     operation_timeout: Seconds
     connect_timeout: Seconds
@@ -406,6 +407,8 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
         if origin != "*" and not ORIGIN.fullmatch(origin):
             raise refuse("api.cors_origins", origin, "origins such as https://app.example.org, without a path, or *")
     storage = config.storage
+    if storage.archive_days * 86_400 < config.retention.job:
+        raise refuse("storage.archive_days", storage.archive_days, "at least retention.job, in days")
     try:
         once = storage.source_key.format(file_id=70000)
     except (KeyError, IndexError, ValueError):

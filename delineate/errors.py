@@ -142,9 +142,9 @@ class FilesMissing(JobError):
     def __init__(self, file_ids: Sequence[int]) -> None:
         shown = ", ".join(str(file_id) for file_id in file_ids[:10])
         more = f" and {len(file_ids) - 10} more" if len(file_ids) > 10 else ""
+        missing = "One file does" if len(file_ids) == 1 else f"{len(file_ids)} files do"
         super().__init__(
-            f"{len(file_ids)} of the files do not exist: {shown}{more}. "
-            'Leave them out, or ask with "on_missing": "skip".'
+            f'{missing} not exist: {shown}{more}. Leave out what is missing, or ask with "on_missing": "skip".'
         )
         self.file_ids = tuple(file_ids)
 

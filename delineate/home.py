@@ -16,7 +16,6 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 import time
 import zlib
@@ -82,7 +81,8 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
 
     Raises StartupError if it is in use, cannot be written or makes no sense.
     """
-    if path.is_dir() and any(path.iterdir()) and not (path / "run" / "lock").exists():
+    ours = {"settings.json", *(Path(folder).parts[0] for folder in FOLDERS)}
+    if path.is_dir() and any(entry.name not in ours for entry in path.iterdir()):
         raise StartupError(
             f"{path} has files that are not delineate's; DELINEATE_HOME must name a new or an empty folder, "
             "or one that was its home before"
@@ -102,8 +102,8 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
         home = Home(path, _read_settings(path / "settings.json"))
         _choose_ports(home)
         home.fatal.unlink(missing_ok=True)
-        shutil.rmtree(path / "metrics")
-        (path / "metrics").mkdir()
+        for file in (path / "metrics").glob("*.db"):
+            file.unlink()
         # From here on it is shared with the processes that are started (tether.hold).
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield home

@@ -197,7 +197,7 @@ def describe_api_as_html(document: Schema) -> str:
     )
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>delineate API</title>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
         "<link rel='stylesheet' href='/style.css'></head><body><main class='wide'><h1>delineate API</h1>"
         f"<p>{html.escape(document['info']['description'])} The same for programs: "
         "<a href='/openapi.json'>/openapi.json</a>.</p><div class='scroll'><table><thead><tr><th>Method</th>"

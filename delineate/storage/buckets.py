@@ -79,6 +79,35 @@ class Buckets(Connected):
                 raise translate(error, f"while the bucket {bucket!r} was created") from error
             await self._check(bucket)  # "exists" may mean that it is somebody else's
         log.info("bucket created", extra={"context": {"bucket": bucket}})
+        if bucket == config.archive_bucket:
+            await self._set_lifecycle()
+
+    async def _set_lifecycle(self) -> None:
+        """Have the store remove what is old. Some stores cannot; then archives stay, and the log says so.
+
+        Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutBucketLifecycleConfiguration.html
+        """
+        config = self._store.config
+        try:
+            await self._store.client.put_bucket_lifecycle_configuration(
+                Bucket=config.archive_bucket,
+                LifecycleConfiguration={
+                    "Rules": [
+                        {
+                            "ID": "delineate-archives",
+                            "Status": "Enabled",
+                            "Filter": {"Prefix": config.archive_prefix},
+                            "Expiration": {"Days": config.archive_days},
+                            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": config.archive_days},
+                        }
+                    ]
+                },
+            )
+        except FAILURES as error:
+            log.warning(
+                "the S3 store takes no lifecycle rule: old archives stay until you remove them",
+                extra={"context": {"bucket": config.archive_bucket, "cause": str(error)}},
+            )
 
 
 async def wait_for_storage(storage: Buckets, stop: asyncio.Event | None = None) -> bool:

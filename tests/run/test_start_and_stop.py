@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from delineate.config import Config
+from delineate.errors import StartupError
+from delineate.home import open_home
 from delineate.seed import SAMPLES, put_samples
 from tests.run.up import ROOT, Up, unzip
 from tests.servers import wait_until
@@ -182,3 +184,15 @@ def test_program_that_does_not_stay_up_ends_all_with_an_error(make_up: MakeUp) -
     assert process.wait(40) == 1
     assert up.processes() == {}
     assert "redis did not stay up" in up.log.read_text()
+
+
+def test_a_folder_that_is_not_a_home_is_refused_and_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "project"
+    (mine / "metrics").mkdir(parents=True)
+    (mine / "metrics" / "thesis.csv").write_text("mine")
+    (mine / "notes.txt").write_text("mine")
+    mine.chmod(0o755)
+    with pytest.raises(StartupError, match="DELINEATE_HOME"), open_home(mine):
+        pass
+    assert (mine / "metrics" / "thesis.csv").read_text() == "mine"
+    assert mine.stat().st_mode & 0o777 == 0o755

@@ -6,7 +6,7 @@ import logging
 import pytest
 from msgspec.structs import replace
 
-from delineate.config import StorageConfig
+from delineate.config import Config, StorageConfig
 from delineate.errors import (
     AccessRefused,
     BucketMissing,
@@ -35,6 +35,29 @@ async def test_missing_buckets_are_created_once_by_many(store: StorageConfig) ->
         await storage.check()
         await storage.put_source(70000, b"x", "x")
         assert await storage.probe(70000, 10)
+
+
+async def test_a_created_bucket_for_archives_forgets_old_ones(
+    config: Config, moto_server: ServerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = elsewhere(replace(config.storage, endpoint_url=f"http://127.0.0.1:{moto_server.port}"))
+    async with open_storage(store) as storage:
+        await storage.prepare_buckets()
+        client = storage._store.client
+        (rule,) = (await client.get_bucket_lifecycle_configuration(Bucket=store.archive_bucket))["Rules"]
+        assert rule["Status"] == "Enabled"
+        assert rule["Expiration"]["Days"] == rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 2
+        assert rule["Filter"]["Prefix"] == store.archive_prefix
+        assert not caplog.records or "lifecycle" not in caplog.text
+
+
+async def test_a_store_without_lifecycle_rules_still_gets_its_buckets(
+    rclone: StorageConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_storage(elsewhere(rclone)) as storage:
+        await storage.prepare_buckets()
+        await storage.check()
+    assert "takes no lifecycle rule" in caplog.text
 
 
 async def test_missing_bucket_is_named_where_it_may_not_be_created(store: StorageConfig) -> None:
