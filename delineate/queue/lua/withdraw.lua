@@ -14,7 +14,8 @@ local id, base = ARGV[1], ARGV[2]
 local f = redis.call('HMGET', job, 'status', 'worker', 'confirmed')
 if f[3] then return 0 end
 local existed = f[1] and f[1] ~= 'withdrawn'
-if f[1] == 'queued' then redis.call('LREM', wait, 1, id) end
+if f[1] == 'queued' and redis.call('LREM', wait, 1, id) == 0 then redis.call('ZREM', base .. 'queue:delayed', id) end
+if f[1] == 'failed' then redis.call('LREM', base .. 'queue:failed', 1, id) end
 if f[1] == 'processing' then redis.call('LREM', base .. 'queue:active:' .. f[2], 1, id) end
 if existed then
   abandon_upload(job, base .. 'queue:abandoned', clock())
