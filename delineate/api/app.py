@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 from tornado.http1connection import HTTP1Connection
@@ -31,7 +31,7 @@ from delineate.api.limits import Limiter
 from delineate.api.links import Links
 from delineate.api.routing import Table
 from delineate.config import ApiConfig, Config
-from delineate.errors import StartupError
+from delineate.errors import QueueUnavailable, StartupError
 from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvents, open_job_events
 from delineate.storage import Storage, open_storage
@@ -198,6 +198,8 @@ async def serve(config: Config) -> None:
         make_app(config, queue, storage, job_events) as api,
         listening(api, sockets),
     ):
+        with suppress(QueueUnavailable):  # then POST answers 503, and the workers look again
+            await queue.check_server()
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
         await stop.wait()
         _log.info("draining", extra={"context": {"streams": len(api.services.streams)}})

@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 from redis.asyncio import Redis
 
 from delineate.config import Config
-from delineate.errors import QueueUnavailable
+from delineate.errors import QueueUnavailable, StartupError
 from delineate.job import Job
 from delineate.queue.connection import unavailable
 from delineate.queue.keys import Keys
@@ -40,6 +40,18 @@ class Connected:
         key = self._keys.job(job_id)
         fields = await self._repeat("reading a job", lambda: cast(Awaitable[Hash], self._commands.hgetall(key)))
         return parse_job(fields, job_id)
+
+    async def check_server(self) -> None:
+        """See that Redis keeps what it is given. Raises StartupError if it may evict keys."""
+        memory = await self._repeat(
+            "looking at Redis", lambda: cast(Awaitable[dict[str, object]], self._commands.info("memory"))
+        )
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise StartupError(
+                f"this Redis evicts keys when memory is short (maxmemory-policy {policy}), accepted jobs too; "
+                "set maxmemory-policy to noeviction"
+            )
 
     async def _repeat(self, doing: str, call: Callable[[], Awaitable[T]]) -> T:
         """`call`, which is safe to repeat, until it answers or `redis.operation_timeout` is over.

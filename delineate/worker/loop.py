@@ -58,7 +58,7 @@ class Worker:
         self.id = _new_worker_id()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then drain."""
+        """Work until `stop` is set, then drain. Raises StartupError if Redis may evict keys."""
         if not await self._join(stop):
             return
         janitor = Janitor(self._queue, self._storage, self._config.queue)
@@ -81,6 +81,7 @@ class Worker:
         wait = 0.2
         while not stop.is_set():
             try:
+                await self._queue.check_server()
                 await self._queue.register(self.id)
             except QueueUnavailable as error:
                 log.warning("%s; trying again in %.1f s", error, wait)

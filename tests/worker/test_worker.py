@@ -96,8 +96,8 @@ async def working(b: Bench, config: Config | None = None) -> AsyncIterator[Worke
         await task
 
 
-def worker_process(config: Config, log: Path, **environ: str) -> subprocess.Popen[bytes]:
-    """`delineate worker` as an operator runs it, configured by the environment alone."""
+def worker_process(config: Config, log: Path, command: str = "worker", **environ: str) -> subprocess.Popen[bytes]:
+    """`delineate worker` (or another command) as an operator runs it, configured by the environment alone."""
     env = {
         **os.environ,
         "DELINEATE_ENV": "test",
@@ -115,7 +115,7 @@ def worker_process(config: Config, log: Path, **environ: str) -> subprocess.Pope
         **environ,
     }
     with log.open("ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "delineate", "worker"], env=env, stdout=out, stderr=out)
+        return subprocess.Popen([sys.executable, "-m", "delineate", command], env=env, stdout=out, stderr=out)
 
 
 def slow(config: Config, seconds: float) -> Config:
@@ -384,6 +384,27 @@ async def test_sigterm_ends_a_worker_process_with_code_0_and_its_job_goes_back(c
         assert job is not None
         assert (job.status, job.attempts) == (JobStatus.QUEUED, 0)
         assert (await b.queue.stats()).workers == 0
+
+
+@pytest.mark.parametrize("command", ["worker", "api"])
+def test_a_redis_that_evicts_is_refused_in_one_line(config: Config, tmp_path: Path, command: str) -> None:
+    port = free_port()
+    redis = ServerProcess(
+        redis_command(tmp_path, port, "--maxmemory-policy", "allkeys-lru"), port, tmp_path / "redis.log"
+    )
+    redis.start()
+    try:
+        evicting = replace(config, redis=replace(config.redis, url=f"redis://127.0.0.1:{port}/0"))
+        log = tmp_path / "log"
+        process = worker_process(
+            evicting, log, command=command, DELINEATE__LOG__LEVEL="error", DELINEATE__API__PORT=str(free_port())
+        )
+        assert process.wait(20) == 2
+        (line,) = log.read_text().splitlines()
+        assert "allkeys-lru" in line
+        assert "noeviction" in line
+    finally:
+        redis.stop()
 
 
 @pytest.mark.parametrize(
