@@ -89,8 +89,6 @@ def s3_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str
         *("--config", ""),
         *("--log-level", "ERROR"),
         *("--vfs-cache-mode", "off"),
-        # A file that is copied into the folder can be exported a moment later.
-        *("--dir-cache-time", "1s"),
         *options,
     ]
 

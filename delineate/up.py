@@ -25,8 +25,11 @@ import socket
 import sys
 import tempfile
 import time
+import xmlrpc.client
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from supervisor.xmlrpc import SupervisorTransport
 
 from delineate.config import Config, find_conf_dir, load_config, read_environment
 from delineate.embedded import redis_conf, redis_file_command, s3_command, s3_environment
@@ -155,15 +158,18 @@ class _Run:
         ended = asyncio.create_task(supervisord.wait())
         stop = asyncio.create_task(self._asked_to_stop.wait())
         ready = asyncio.create_task(self._become_ready(started))
+        watching = asyncio.create_task(self._watch_files())
         try:
             await asyncio.wait({ended, stop, ready}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
                 ready.result()
-                await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({ended, stop, watching}, return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    watching.result()
         finally:
-            for task in (ready, stop):
+            for task in (ready, stop, watching):
                 task.cancel()
-            await asyncio.gather(ready, stop, return_exceptions=True)
+            await asyncio.gather(ready, stop, watching, return_exceptions=True)
             await self._end(supervisord, ended)
             await output
         return self._exit_code(supervisord.returncode)
@@ -211,6 +217,24 @@ class _Run:
                 if file.read_bytes() == sample.body():
                     unchanged.append(sample.file_id)
         await put_samples(config, unchanged)
+
+    async def _watch_files(self) -> None:
+        """Make files that are copied into the embedded store's folder known to it.
+
+        By itself it looks at a folder every five minutes. A shorter time would cost
+        more than this: with its list of a folder it forgets every file's hash.
+        """
+        folder = self._home.path / "s3" / self._config.storage.source_bucket
+        seen = await asyncio.to_thread(_newest, folder)
+        while self._environ["DELINEATE_EMBEDDED_S3"] == "true":
+            await asyncio.sleep(1)
+            newest = await asyncio.to_thread(_newest, folder)
+            if newest != seen:
+                seen = newest
+                # https://rclone.org/commands/rclone_serve_s3/ (VFS directory cache): SIGHUP flushes it
+                with contextlib.suppress(OSError, xmlrpc.client.Error):  # on its way up or down; the next change counts
+                    await asyncio.to_thread(_signal, self._sock, "s3", "HUP")
+        await asyncio.Event().wait()
 
     def _summary(self, seconds: float) -> str:
         api = self._config.api
@@ -293,6 +317,22 @@ def _nudge(sock: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
         connection.setblocking(False)
         connection.connect(str(sock))
+
+
+def _newest(folder: Path) -> tuple[int, int]:
+    """How many entries a folder has, and when the newest of them was changed (ns)."""
+    times = [0]
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                times.append(entry.stat().st_mtime_ns)
+    return len(times), max(times)
+
+
+def _signal(sock: Path, program: str, name: str) -> None:
+    """Have supervisord send a signal. Source: http://supervisord.org/api.html#process-control"""
+    transport = SupervisorTransport("delineate", "delineate", f"unix://{sock}")
+    xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor.signalProcess(program, name)
 
 
 def _health(config: Config) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,3 +143,20 @@ def test_second_service_runs_beside_the_first(service: Up, make_up: Callable[...
     assert second.stop() == 0
     assert not Path(second.supervisor_url.removeprefix("unix://")).parent.exists()
     assert service.get("/health")["status"] == "healthy"
+
+
+def test_a_file_that_is_copied_into_the_folder_can_be_exported_soon(service: Up, tmp_path: Path) -> None:
+    service.completed(service.post([70000]))  # the store has listed its folder by now
+    body = os.urandom(300_000)
+    (service.home / "s3" / "files" / "80500").write_bytes(body)
+
+    def packed() -> bool:
+        job = service.get(f"/v1/export/{service.post([80500])}")
+        while job["status"] not in ("completed", "failed"):
+            time.sleep(0.1)
+            job = service.get(f"/v1/export/{job['jobId']}")
+        if job["status"] == "failed":
+            return False
+        return unzip(service.fetch(job["jobId"]), tmp_path / job["jobId"]) == {"80500": body}
+
+    wait_until(packed, "the export of a new file", 10)
