@@ -38,7 +38,7 @@ class Attempt:
         self._config = config
         self._upload = ArchiveUpload(lease, queue, storage)
         self._lost = False
-        self._settling = False
+        self._ending = False
         self._context = {"jobId": lease.job.id, "userId": lease.job.user, "attempt": lease.job.attempts}
 
     def start(self, on_end: Callable[[Attempt], None]) -> None:
@@ -53,7 +53,7 @@ class Attempt:
 
     def lose(self) -> None:
         """The lease is gone: stop, and change nothing more."""
-        if self._settling:
+        if self._ending:
             return  # the transition on its way finds out by itself, and may be the very reason
         self._lost = True
         self.task.cancel()
@@ -72,6 +72,8 @@ class Attempt:
             await self._drop()
 
     async def _drop(self) -> None:
+        # Every heartbeat reports the lease as lost until this attempt has ended; that must not cut the abort short.
+        self._ending = True
         self._log(logging.INFO, "job dropped: it was cancelled or taken over")
         await self._upload.abort_if_unwanted()
 
@@ -113,7 +115,7 @@ class Attempt:
 
     async def _settle(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have an outcome recorded, however long Redis is away. Raises LeaseLost."""
-        self._settling = True
+        self._ending = True
         wait = 0.2
         while True:
             try:

@@ -27,11 +27,12 @@ from delineate.queue import Queue, open_queue
 from delineate.storage import Storage, open_storage, wait_for_storage
 from delineate.worker.attempt import Attempt, hand_back
 from delineate.worker.janitor import Janitor
-from delineate.worker.tasks import beside
+from delineate.worker.tasks import beside, end
 
 log = logging.getLogger(__name__)
 
 AUDIT_SECONDS = 30.0
+HAND_BACK_SECONDS = 2.0
 
 
 async def serve(config: Config) -> None:
@@ -205,10 +206,8 @@ class Worker:
             return
         log.info("draining", extra={"context": {"jobs": len(tasks)}})
         _, unfinished = await asyncio.wait(tasks, timeout=self._config.worker.drain_timeout)
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished)
+        # A hand-back that this interrupts is made good by retire.
+        await end(unfinished, repeat_seconds=HAND_BACK_SECONDS)
 
     async def _leave(self) -> None:
         try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 log = logging.getLogger(__name__)
-
-REPEAT_CANCEL_SECONDS = 0.5
 
 
 @asynccontextmanager
@@ -22,9 +21,17 @@ async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[async
     try:
         yield task
     finally:
-        # Once is not always enough: on Python 3.11 libraries that use asyncio.wait_for can lose a cancel.
-        while not task.done():
-            task.cancel()
-            await asyncio.wait([task], timeout=REPEAT_CANCEL_SECONDS)
+        await end({task})
         if not task.cancelled() and (error := task.exception()):
             log.error("a task of the worker ended with a bug", exc_info=error)
+
+
+async def end(tasks: Collection[asyncio.Task[Any]], repeat_seconds: float = 0.5) -> None:
+    """Cancel `tasks` and wait until all have ended.
+
+    Once is not always enough: on Python 3.11 libraries that use asyncio.wait_for can lose a cancel.
+    """
+    while unfinished := [task for task in tasks if not task.done()]:
+        for task in unfinished:
+            task.cancel()
+        await asyncio.wait(unfinished, timeout=repeat_seconds)
