@@ -131,17 +131,13 @@ class Leases(Connected):
 
         Raises LeaseLost.
         """
-        if not await self._repeat(
-            "recording an upload", lambda: self._scripts.begin_upload(_hold(lease), encode(upload))
-        ):
-            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+        await self._held("recording an upload", lease, lambda: self._scripts.begin_upload(_hold(lease), encode(upload)))
 
     async def save_part(self, lease: Lease, part: SavedPart) -> None:
         """Remember a part that the store has. Raises LeaseLost."""
-        if not await self._repeat(
-            "recording a part", lambda: self._scripts.save_part(_hold(lease), part.number, encode(part))
-        ):
-            raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+        await self._held(
+            "recording a part", lease, lambda: self._scripts.save_part(_hold(lease), part.number, encode(part))
+        )
 
     async def saved_parts(self, job_id: str) -> list[SavedPart]:
         """The remembered parts of the job's upload, in no order."""
@@ -153,12 +149,16 @@ class Leases(Connected):
         """Publish the archive; the job is completed. Raises LeaseLost."""
         keep = int(self._config.retention.job)
         message = "The archive is ready"
-        await self._settle(lease, lambda: self._scripts.finish(_hold(lease), encode(result), message, keep))
+        await self._held(
+            "settling a job", lease, lambda: self._scripts.finish(_hold(lease), encode(result), message, keep)
+        )
 
     async def retry(self, lease: Lease, failure: Failure, delay_seconds: float) -> None:
         """Have the job tried again after `delay_seconds`. Raises LeaseLost."""
         delay_ms, message = math.ceil(delay_seconds * 1000), f"Trying again in {delay_seconds:.0f} s: {failure.message}"
-        await self._settle(lease, lambda: self._scripts.retry(_hold(lease), delay_ms, encode(failure), message))
+        await self._held(
+            "settling a job", lease, lambda: self._scripts.retry(_hold(lease), delay_ms, encode(failure), message)
+        )
 
     async def release(self, lease: Lease) -> None:
         """Hand the job back, next in line, without charging an attempt. Raises LeaseLost."""
@@ -167,10 +167,16 @@ class Leases(Connected):
     async def bury(self, lease: Lease, failure: Failure) -> None:
         """Fail the job for good; it becomes a dead letter. Raises LeaseLost."""
         keep = int(self._config.retention.failed)
-        await self._settle(lease, lambda: self._scripts.bury(_hold(lease), encode(failure), failure.message, keep))
+        await self._held(
+            "settling a job", lease, lambda: self._scripts.bury(_hold(lease), encode(failure), failure.message, keep)
+        )
 
     async def _settle(self, lease: Lease, call: Callable[[], Awaitable[Settled]]) -> None:
-        if await self._repeat("settling a job", call) == 0:
+        await self._held("settling a job", lease, call)
+
+    async def _held(self, doing: str, lease: Lease, call: Callable[[], Awaitable[Settled | bool]]) -> None:
+        """Make a call that is refused, with 0, when the lease's token is old. Raises LeaseLost."""
+        if not await self._repeat(doing, call):
             raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -21,7 +20,7 @@ from delineate.storage import Storage
 from delineate.telemetry.metrics import DOWNLOADS_ACTIVE, EXPORT_JOB_DURATION, EXPORT_JOBS
 from delineate.worker.report import Reporter
 from delineate.worker.run_job import run_job
-from delineate.worker.tasks import beside
+from delineate.worker.tasks import beside, until_recorded
 from delineate.worker.upload import ArchiveUpload
 
 log = logging.getLogger(__name__)
@@ -116,14 +115,9 @@ class Attempt:
     async def _settle(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have an outcome recorded, however long Redis is away. Raises LeaseLost."""
         self._ending = True
-        wait = 0.2
-        while True:
-            try:
-                return await call()
-            except QueueUnavailable as error:
-                self._log(logging.WARNING, "the outcome is not recorded yet", cause=str(error))
-                await asyncio.sleep(wait * random.uniform(0.5, 1))
-                wait = min(wait * 2, 5.0)
+        await until_recorded(
+            call, lambda error: self._log(logging.WARNING, "the outcome is not recorded yet", cause=str(error))
+        )
 
     def _count(self, status: JobStatus, started: float) -> None:
         EXPORT_JOBS.labels(status).inc()

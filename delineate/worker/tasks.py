@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Coroutine
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+
+from delineate.errors import QueueUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,18 @@ async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[async
         await end({task})
         if not task.cancelled() and (error := task.exception()):
             log.error("a task of the worker ended with a bug", exc_info=error)
+
+
+async def until_recorded(call: Callable[[], Awaitable[None]], on_wait: Callable[[QueueUnavailable], None]) -> None:
+    """Make `call` until Redis has taken it, however long it is away; `on_wait` hears of each failure."""
+    wait = 0.2
+    while True:
+        try:
+            return await call()
+        except QueueUnavailable as error:
+            on_wait(error)
+            await asyncio.sleep(wait * random.uniform(0.5, 1))
+            wait = min(wait * 2, 5.0)
 
 
 async def end(tasks: Collection[asyncio.Task[Any]], repeat_seconds: float = 0.5) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 
 from delineate.archive.build import PartReceipt
 from delineate.archive.plan import ArchivePlan
@@ -20,6 +19,7 @@ from delineate.errors import JobError, QueueUnavailable
 from delineate.job import ArchiveResult, Lease, SavedPart, Upload
 from delineate.queue import Queue
 from delineate.storage import Storage
+from delineate.worker.tasks import until_recorded
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +117,10 @@ class ArchiveUpload:
 
     async def _record(self, upload: Upload) -> None:
         """However long Redis is away: an upload that nobody remembers would never be aborted."""
-        wait = 0.2
-        while True:
-            try:
-                return await self._queue.begin_upload(self._lease, upload)
-            except QueueUnavailable as error:
-                log.warning("an upload is not recorded yet: %s", error, extra={"context": self._context})
-                await asyncio.sleep(wait * random.uniform(0.5, 1))
-                wait = min(wait * 2, 5.0)
+        await until_recorded(
+            lambda: self._queue.begin_upload(self._lease, upload),
+            lambda error: log.warning("an upload is not recorded yet: %s", error, extra={"context": self._context}),
+        )
 
 
 def _bare(etag: str) -> str:
