@@ -176,7 +176,7 @@ class Intake(Connected):
             for (job_id, score), fields in zip(page, records, strict=True):
                 if len(jobs) == limit:
                     return jobs, f"{before}-{seen}"
-                # The cursor is a time and how many jobs of that very millisecond were seen.
+                # The cursor is a time and how many jobs of that very microsecond were seen.
                 before, seen = (before, seen + 1) if str(int(score)) == before else (str(int(score)), 1)
                 try:
                     job = parse_job(fields, job_id)

@@ -4,7 +4,7 @@ All keys of one queue share a hash tag, so that on Redis Cluster each Lua
 transition finds everything it touches in one slot.
 
     job:{id}              hash    one job; ends 24 h after the job did (failed: 7 days)
-    user:{id}:jobs        zset    a caller's job ids by creation time; 7 days
+    user:{id}:jobs        zset    a caller's job ids by creation time (us); 7 days
     queue:wait            list    ids that may be claimed, oldest at the right
     queue:active:{worker} list    ids a worker process holds: the list names its owner
     queue:delayed         zset    ids of attempts waiting for their backoff, by due time (ms)

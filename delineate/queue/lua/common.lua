@@ -1,9 +1,14 @@
 -- Put in front of every transition by scripts.py: the clock and the event.
 
--- Milliseconds by the clock of Redis: the clocks of workers need not agree.
-local function clock()
+-- By the clock of Redis: the clocks of workers need not agree. Unix microseconds.
+local function clock_us()
   local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+  return time[1] * 1000000 + time[2]
+end
+
+-- Unix milliseconds.
+local function clock()
+  return math.floor(clock_us() / 1000)
 end
 
 -- Give the job its next version and tell whoever follows it. The channel has

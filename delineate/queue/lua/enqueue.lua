@@ -33,13 +33,15 @@ if idem_ttl > 0 then
 end
 if redis.call('LLEN', wait) + redis.call('ZCARD', delayed) >= tonumber(ARGV[9]) then return {'full', {}} end
 
-local now = clock()
+local now_us = clock_us()
+local now = math.floor(now_us / 1000)
 redis.call('HSET', job, 'id', id, 'user', user, 'status', 'queued', 'file_ids', ARGV[3], 'total_files', ARGV[4],
   'on_missing', ARGV[5], 'traceparent', ARGV[7], 'request_id', ARGV[8], 'progress', 0, 'current_file', 0,
   'bytes_done', 0, 'bytes_total', 0, 'stage', 'waiting', 'message', 'Waiting for a worker', 'attempts', 0,
   'crashes', 0, 'token', 0, 'version', 1, 'worker', '', 'created_at', now, 'updated_at', now)
-redis.call('ZADD', user_jobs, now, id)
-redis.call('ZREMRANGEBYSCORE', user_jobs, '-inf', now - ARGV[10] * 1000)
+-- Microseconds, so that jobs of one millisecond keep their order.
+redis.call('ZADD', user_jobs, now_us, id)
+redis.call('ZREMRANGEBYSCORE', user_jobs, '-inf', now_us - ARGV[10] * 1000000)
 redis.call('EXPIRE', user_jobs, ARGV[10])
 if idem_ttl > 0 then redis.call('SET', idem, fingerprint .. ' ' .. id, 'EX', idem_ttl) end
 redis.call('LPUSH', wait, id)
