@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import redis.exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -17,6 +18,7 @@ from redis.backoff import NoBackoff
 
 from delineate.config import RedisConfig
 from delineate.errors import QueueUnavailable
+from delineate.queue.sentinels import master_pool
 
 _CANNOT_SERVE = (
     redis.exceptions.AuthenticationError,
@@ -36,23 +38,24 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
     `reply_timeout` seconds to wait for one reply instead of `operation_timeout`:
     a blocking command needs its own waiting time and some more.
     """
-    # One that lets a burst wait for a connection: the default pool would answer it with an error.
-    pool = BlockingConnectionPool.from_url(
-        config.url,
-        timeout=config.operation_timeout,
+    options: dict[str, Any] = {
+        "timeout": config.operation_timeout,
         # None leaves a password that stands in the URL alone.
-        password=config.password or None,
+        "password": config.password or None,
         # RESP2: the scripts' replies are plain arrays, and every proxy and older server speaks it.
-        protocol=2,
-        socket_timeout=reply_timeout or config.operation_timeout,
-        socket_connect_timeout=config.connect_timeout,
-        socket_keepalive=True,
-        health_check_interval=0,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=config.max_connections,
-        decode_responses=True,
-    )
-    return Redis.from_pool(pool)
+        "protocol": 2,
+        "socket_timeout": reply_timeout or config.operation_timeout,
+        "socket_connect_timeout": config.connect_timeout,
+        "socket_keepalive": True,
+        "health_check_interval": 0,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": config.max_connections,
+        "decode_responses": True,
+    }
+    if config.sentinels:
+        return Redis.from_pool(master_pool(config, options))
+    # A pool that lets a burst wait for a connection: the default one would answer it with an error.
+    return Redis.from_pool(BlockingConnectionPool.from_url(config.url, **options))
 
 
 @contextmanager
