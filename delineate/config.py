@@ -90,6 +90,7 @@ class RedisConfig(Section, frozen=True, kw_only=True):
 
 
 class QueueConfig(Section, frozen=True, kw_only=True):
+    durability: Literal["everysec", "always"]
     max_waiting: Count
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     internal_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]

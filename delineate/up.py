@@ -109,7 +109,9 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, confi
         environ[name] = ",".join(filter(None, (environ.get(name), "127.0.0.1", "localhost")))
     if own_redis:
         folder = home.path / "redis"
-        file = home.write_redis_conf(redis_conf(folder, settings.redis_port, settings.redis_password))
+        file = home.write_redis_conf(
+            redis_conf(folder, settings.redis_port, settings.redis_password, config.queue.durability)
+        )
         environ["DELINEATE_REDIS_COMMAND"] = shlex.join(redis_file_command(file))
         environ["DELINEATE__REDIS__URL"] = f"redis://127.0.0.1:{settings.redis_port}/0"
         environ["DELINEATE__REDIS__PASSWORD"] = settings.redis_password

@@ -167,6 +167,7 @@ BAD_ENVIRONMENT: list[tuple[dict[str, str], list[str]]] = [
     ({"DELINEATE__REDIS__SENTINELS": "redis://s1.example:26379"}, ["redis.sentinels", "'redis://s1.example:26379'"]),
     ({"DELINEATE__REDIS__SENTINELS": "a:1, ::1:26379"}, ["redis.sentinels", "'::1:26379'"]),
     ({"DELINEATE__REDIS__SENTINELS": "a:1", "DELINEATE__REDIS__URL": "unix:///run/r"}, ["redis.sentinels", "unix"]),
+    ({"DELINEATE__QUEUE__DURABILITY": "never"}, ["queue.durability", "'never'"]),
     ({"DELINEATE__REDIS__PASSWORD_FILE": "/nowhere/at/all"}, ["DELINEATE__REDIS__PASSWORD_FILE", "/nowhere/at/all"]),
     ({"DELINEATE__REDIS__PASSWORD_FILE": "/"}, ["DELINEATE__REDIS__PASSWORD_FILE", "cannot be read"]),
     ({"DELINEATE__REDIS__PASSWORD_FILE": "/dev/zero"}, ["DELINEATE__REDIS__PASSWORD_FILE", "larger than"]),
