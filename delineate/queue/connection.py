@@ -7,6 +7,7 @@ was lost and so orphan a job. Who may repeat what is decided in queue.py.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,8 @@ _CANNOT_SERVE = (
     redis.exceptions.ClusterDownError,
 )
 # redis-py has no class of its own for these (UNBLOCKED: a failover ended a blocking command); https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
-_CANNOT_SERVE_CODES = ("MISCONF", "MASTERDOWN", "BUSY", "LOADING", "NOREPLICAS", "READONLY", "OOM", "UNBLOCKED")
+# Redis 6 wraps what a script meets: "ERR Error running script (...): -OOM command not allowed ...".
+_CANNOT_SERVE_CODES = re.compile(r"(?:^|: -)(?:MISCONF|MASTERDOWN|BUSY|LOADING|NOREPLICAS|READONLY|OOM|UNBLOCKED)\b")
 
 
 def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis:
@@ -75,7 +77,7 @@ def unavailable(doing: str) -> Iterator[None]:
             raise asyncio.CancelledError
     except redis.exceptions.ResponseError as error:
         # Anything else the server answers is a mistake of ours and must be seen as one.
-        if not isinstance(error, _CANNOT_SERVE) and not str(error).startswith(_CANNOT_SERVE_CODES):
+        if not isinstance(error, _CANNOT_SERVE) and not _CANNOT_SERVE_CODES.search(str(error)):
             raise
         raise QueueUnavailable(f"{doing}: Redis cannot serve now: {error}") from error
     except (redis.exceptions.RedisError, OSError) as error:
