@@ -12,6 +12,7 @@ that another task may have taken a moment before.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -22,6 +23,8 @@ from delineate.config import RedisConfig, split_address
 
 # Connections of one client to one sentinel: a burst of new connections waits for its turn.
 _CONNECTIONS = 4
+# NOREPLICAS: a master cut off from its replicas, which may have another one by now. Redis 6 wraps these in a script.
+_NOT_A_MASTER = re.compile(r"(?:^|: -)(?:READONLY|MASTERDOWN|NOREPLICAS)\b")
 
 
 class Masters:
@@ -99,25 +102,13 @@ class _Connection(Connection):
         try:
             return await super().read_response(*arguments, **options)
         except ResponseError as error:
-            if _not_a_master(error):
+            if isinstance(error, (ReadOnlyError, MasterDownError)) or _NOT_A_MASTER.search(str(error)):
                 await self.disconnect(nowait=True)
             raise
 
 
 class _TlsConnection(_Connection, SSLConnection):
     pass
-
-
-def _not_a_master(error: ResponseError) -> bool:
-    # NOREPLICAS: a master that was cut off from its replicas; they may have another one by now.
-    # Redis 6 wraps what a script meets: "ERR Error running script ...: -READONLY You can't write ...".
-    text = str(error)
-    return (
-        isinstance(error, (ReadOnlyError, MasterDownError))
-        or text.startswith("NOREPLICAS")
-        or "-READONLY" in text
-        or "-NOREPLICAS" in text
-    )
 
 
 class _MasterPool(BlockingConnectionPool):

@@ -233,12 +233,10 @@ async def withdrawn(api: RunningApi) -> bool:
 
 
 async def clients_of_delineate(client: Redis) -> int:
-    """Those of this server, without the one that asks; sentinels and replicas do not use redis-py."""
+    """Those of this server, without the one that asks, the sentinels, and the other server (flags M and S)."""
     me = await client.client_id()
-    return sum(
-        other.get("lib-name", "").startswith("redis-py") and int(other["id"]) != me
-        for other in await client.client_list()
-    )
+    others = [other for other in await client.client_list() if int(other["id"]) != me]
+    return sum(not other["name"].startswith("sentinel-") and not set(other["flags"]) & {"M", "S"} for other in others)
 
 
 async def test_an_outage_of_sentinels_and_a_master_that_was_demoted_are_unavailability(
