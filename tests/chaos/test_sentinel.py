@@ -20,11 +20,12 @@ from delineate.errors import QueueUnavailable
 from delineate.job import JobStatus, NewJob, new_job_id
 from delineate.queue import open_queue
 from delineate.queue.keys import Keys
-from tests.api.running import RunningApi, next_event, running_api
+from tests.api.running import RunningApi, changed, next_event, running_api
 from tests.servers import ServerProcess, free_port
 from tests.worker.test_worker import slow, worker_process
 
 replace = msgspec.structs.replace
+CONNECTIONS = 8
 GROUP, PASSWORD, SENTINEL_PASSWORD = "exports", "master-secret", "sentinel-secret"
 
 
@@ -239,26 +240,30 @@ async def clients_of_delineate(client: Redis) -> int:
     return sum(not other["name"].startswith("sentinel-") and not set(other["flags"]) & {"M", "S"} for other in others)
 
 
-async def test_an_outage_of_sentinels_and_a_master_that_was_demoted_are_unavailability(
-    config: Config, tmp_path: Path
+@pytest.mark.parametrize("how", ["demoted", "cut off"])
+async def test_an_old_master_and_an_outage_of_the_sentinels_are_unavailability(
+    config: Config, tmp_path: Path, how: str
 ) -> None:
     with Replicated(tmp_path) as redis:
-        config = redis.config(config)
+        config = changed(redis.config(config), "redis", max_connections=CONNECTIONS)
         master, replica = redis.nodes
         await redis.ready()
         async with open_queue(config) as queue, redis.client(master) as old, redis.client(replica) as new:
             await asyncio.gather(*(queue.enqueue(new_job()) for _ in range(200)))
-            assert await clients_of_delineate(old) > 1
+            assert await clients_of_delineate(old) == CONNECTIONS
             for sentinel in redis.sentinels:
                 await asyncio.to_thread(sentinel.kill)
             await queue.enqueue(new_job())  # they are needed for new connections alone
             await redis.replicate(master)
             # By hand: a sentinel would also have cut the connections of the old master.
             await new.replicaof("NO", "ONE")
-            await old.replicaof("127.0.0.1", str(replica.port))
+            if how == "demoted":
+                await old.replicaof("127.0.0.1", str(replica.port))
+            else:
+                await old.config_set("min-replicas-to-write", 1)
             with pytest.raises(QueueUnavailable, match=r"no sentinel names a master for 'exports' \(127.0.0.1:"):
                 await queue.enqueue(new_job())
-            await until_true(partial(is_replica, old), "old master that follows the new one")
+            assert await clients_of_delineate(old) < CONNECTIONS
             for sentinel in redis.sentinels:
                 conf = Path(sentinel.command[1])
                 conf.write_text(conf.read_text().replace(f" {master.port} 2", f" {replica.port} 2"))
