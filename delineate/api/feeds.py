@@ -29,10 +29,15 @@ REREAD_BACKOFF_SECONDS = 1.0
 class Feed:
     """One job's present state: `frame` is its SSE event, `version` that event's id, `gone` that its record ended.
 
+    Versions only grow, except when events were missed (`unsure`): then Redis may
+    have forgotten the newest ones, in a failover or a power cut, and they come again.
     `watchers` are called, on the event loop, whenever there is something newer.
     """
 
-    __slots__ = ("dirty", "frame", "gone", "job", "job_id", "link", "opened", "reader", "users", "version", "watchers")
+    __slots__ = (
+        *("dirty", "frame", "gone", "job", "job_id", "link"),
+        *("opened", "reader", "unsure", "users", "version", "watchers"),
+    )
     opened: asyncio.Task[None]
 
     def __init__(self, job_id: str) -> None:
@@ -45,6 +50,7 @@ class Feed:
         self.users = 0
         self.watchers: set[Callable[[], None]] = set()
         self.dirty = False
+        self.unsure = False
         self.reader: asyncio.Task[None] | None = None
 
     @property
@@ -52,6 +58,11 @@ class Feed:
         """The job, if it has ended and that is still its newest version."""
         job = self.job
         return job if job is not None and job.version == self.version and job.status.is_final else None
+
+    @property
+    def state(self) -> tuple[int, bool]:
+        """Differs whenever `frame` has something new."""
+        return self.version, self.final is not None
 
     def show(self) -> None:
         for watcher in tuple(self.watchers):
@@ -135,14 +146,16 @@ class Feeds:
             raise
 
     def _hear(self, feed: Feed, event: JobEvent | None) -> None:
-        if event is not None and event.version <= feed.version:
+        if event is None:
+            feed.unsure = True
+        elif event.version <= feed.version and not feed.unsure:
             return
         if event is None or event.status.is_final:
             feed.dirty = True
             if feed.reader is None and feed.opened.done():
                 feed.reader = self._own(self._reread(feed))
             return
-        feed.version = event.version
+        feed.version, feed.unsure = event.version, False
         feed.frame = _frame(event.version, "progress", event_document(feed.job_id, event))
         feed.show()
 
@@ -164,14 +177,17 @@ class Feeds:
             feed.reader = None
 
     async def _read(self, feed: Feed) -> None:
+        unsure = feed.unsure
         job = await self._queue.get(feed.job_id)
         if job is None:
             feed.gone = True
             feed.show()
             return
         link = await self._links.link(job) if job.status is JobStatus.COMPLETED else None
-        if job.version < feed.version:
+        if job.version < feed.version and not (unsure and feed.unsure):
             return  # an event overtook this reading
+        if unsure:
+            feed.unsure = False
         feed.job, feed.link, feed.version = job, link, job.version
         if job.status.is_final:
             document = job_document(job, link=link, with_filename=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
 
 from delineate.config import Config
 from delineate.queue.connection import connect
+from delineate.queue.keys import Keys
 from tests.api.running import (
     FAILURE,
     RunningApi,
@@ -251,6 +253,32 @@ async def test_lost_pubsub_connection_comes_back_and_nothing_is_missed(config: C
             await kill_pubsub(config)
             await running.queue.finish(ending, result())
             assert (await next_event(ends)).name == "completed"
+
+
+@pytest.mark.parametrize("lost", [1, 5])
+async def test_a_redis_that_forgot_the_last_reports_does_not_silence_a_stream(config: Config, lost: int) -> None:
+    """A failover takes what the replica had not got yet, a power cut the last second; versions then come again."""
+    async with running_api(config) as running, connect(config.redis) as redis:
+        lease = await running.claimed()
+        key = Keys(config.redis.prefix).job(lease.job.id)
+        async with running.stream(lease.job.id) as events:
+            await next_event(events)
+            saved = await raw_dump(config, key)
+            for percent in range(10, 10 + lost):
+                await running.report(lease, percent)
+            while (await next_event(events)).data["progress"] != 9 + lost:
+                pass
+            await redis.restore(key, 0, saved, replace=True)
+            await kill_pubsub(config)
+            feed = running.api.services.feeds._feeds[lease.job.id]
+            await until(lambda: feed.version == lease.job.version, "second look at the job")
+            await running.queue.finish(lease, result())
+            assert [event.name async for event in events][-1] == "completed"
+
+
+async def raw_dump(config: Config, key: str) -> bytes:
+    async with Redis.from_url(config.redis.url, protocol=2) as redis:
+        return cast(bytes, await redis.dump(key))
 
 
 async def test_head_of_a_stream_opens_none(config: Config) -> None:
