@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 ROUTES = [*exports.ROUTES, *downloads.ROUTES, *events.ROUTES, *health.ROUTES, *pages.ROUTES]
 BACKLOG = 1024
+# How often a Redis that is away at the start is tried again, until its settings have been looked at.
+CHECK_SECONDS = 1.0
 # Tornado's own limit is out of the way: exchange.py has the one that answers in JSON.
 _UNLIMITED = 1 << 62
 _ALLOWED_HEADERS = "Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID"
@@ -180,6 +182,14 @@ def listen(config: ApiConfig) -> list[socket.socket]:
         raise StartupError(f"cannot listen on api.host {config.host}, api.port {config.port}: {reason}") from error
 
 
+async def _check_redis(queue: Queue) -> None:
+    """Look at Redis as soon as it is there; until then POST answers 503. Raises StartupError."""
+    while True:
+        with suppress(QueueUnavailable):
+            return await queue.check_server()
+        await asyncio.sleep(CHECK_SECONDS)
+
+
 async def serve(config: Config) -> None:
     """Answer requests until SIGTERM or SIGINT; with Redis or S3 away it answers 503 and recovers by itself.
 
@@ -198,9 +208,17 @@ async def serve(config: Config) -> None:
         make_app(config, queue, storage, job_events) as api,
         listening(api, sockets),
     ):
-        with suppress(QueueUnavailable):  # then POST answers 503, and the workers look again
-            await queue.check_server()
+        checking = asyncio.create_task(_check_redis(queue))
+        stopping = asyncio.create_task(stop.wait())
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
-        await stop.wait()
+        try:
+            await asyncio.wait({checking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if checking.done():
+                checking.result()
+            await stopping
+        finally:
+            checking.cancel()
+            stopping.cancel()
+            await asyncio.gather(checking, stopping, return_exceptions=True)
         _log.info("draining", extra={"context": {"streams": len(api.services.streams)}})
     _log.info("stopped")

@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 
 from delineate.config import Config
+from delineate.embedded import redis_command
 from tests.api.running import next_event, parse_events
-from tests.servers import free_port
+from tests.servers import ServerProcess, free_port
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -97,6 +98,28 @@ async def test_process_starts_and_answers_without_redis_and_storage(config: Conf
             assert answer.status == 200
         process.terminate()
         assert await asyncio.wait_for(process.wait(), 8) == 0
+
+
+async def test_a_redis_that_comes_later_is_looked_at_as_well(config: Config, tmp_path: Path) -> None:
+    port, redis_port = free_port(), free_port()
+    env = environment(
+        config,
+        port,
+        DELINEATE__REDIS__URL=f"redis://127.0.0.1:{redis_port}/0",
+        DELINEATE__QUEUE__DURABILITY="always",
+    )
+    redis = ServerProcess(redis_command(tmp_path, redis_port), redis_port, tmp_path / "log")
+    async with api_process(env, port) as process, client(port) as http:
+        async with http.get("/health") as answer:
+            assert (await answer.json())["checks"]["redis"] == "error"
+        try:
+            await asyncio.to_thread(redis.start)
+            output, _ = await asyncio.wait_for(process.communicate(), 20)
+        finally:
+            await asyncio.to_thread(redis.stop)
+        assert process.returncode == 2
+        line = output.decode().splitlines()[-1]
+        assert line.startswith("delineate api: queue.durability is always, but this Redis has appendfsync everysec;")
 
 
 async def test_processes_of_delineate_share_a_port(config: Config) -> None:
