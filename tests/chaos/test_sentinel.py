@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -123,6 +124,20 @@ sentinel failover-timeout {GROUP} 5000
     async def _follows(replica: Redis) -> bool:
         return bool((await replica.info("replication")).get("master_link_status") == "up")
 
+    @staticmethod
+    async def end(master: ServerProcess, how: str) -> None:
+        if how == "killed":
+            await asyncio.to_thread(master.kill)
+        elif master.process is not None:
+            master.process.send_signal(signal.SIGSTOP)
+
+    @staticmethod
+    async def bring_back(master: ServerProcess, how: str) -> None:
+        if how == "killed":
+            await asyncio.to_thread(master.start)
+        elif master.process is not None:
+            master.process.send_signal(signal.SIGCONT)
+
     async def replicate(self, master: ServerProcess) -> None:
         """Return when everything written so far is on the replica, too."""
         async with self.client(master) as client, client.pipeline(transaction=False) as pipe:
@@ -160,8 +175,9 @@ async def posts_until_accepted(api: RunningApi, killed: float) -> tuple[str, flo
 
 
 @pytest.mark.timeout(seconds=180)
+@pytest.mark.parametrize("how", ["killed", "paused"])
 async def test_a_failover_loses_no_replicated_job_and_the_service_goes_on(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     with Replicated(tmp_path) as redis:
         config = slow(redis.config(config), 4)
@@ -183,10 +199,10 @@ async def test_a_failover_loses_no_replicated_job_and_the_service_goes_on(
                 async with api.stream(running) as events:
                     await next_event(events)
                     await redis.replicate(master)
-                    await asyncio.to_thread(master.kill)
+                    await redis.end(master, how)
                     job_id, first, last = await posts_until_accepted(api, time.monotonic())
                     with capsys.disabled():
-                        print(f"\nPOST was refused from {first:.2f} s to {last:.2f} s after the kill of the master")
+                        print(f"\nPOST was refused from {first:.2f} s to {last:.2f} s after the master was {how}")
                     accepted.append(job_id)
                     async with asyncio.timeout(60):
                         names = [event.name async for event in events]
@@ -195,7 +211,7 @@ async def test_a_failover_loses_no_replicated_job_and_the_service_goes_on(
                 async with redis.client(replica) as promoted:
                     assert (await promoted.role())[0] == "master"
 
-                await asyncio.to_thread(master.start)
+                await redis.bring_back(master, how)
                 async with redis.client(master) as old:
                     await until_true(partial(is_replica, old), "old master that follows the new one")
                     accepted += [job_id for _ in range(2) if (job_id := await post(api))]
