@@ -45,7 +45,8 @@ async def test_500_queued_jobs_delay_nobody_elses_first_job_by_more_than_a_runni
                 job = await b.until(job_id, lambda job: job.started_at is not None)
                 waits.append((job.started_at or 0) - job.created_at)
             assert max(waits) < JOB_SECONDS + 0.5, waits
-        started = [job for job_id in crowd if (job := await b.queue.get(job_id)) and job.started_at]
+        jobs = [await b.queue.get(job_id) for job_id in crowd]
+        started = [job for job in jobs if job is not None and job.started_at]
         order = [job.id for job in sorted(started, key=_started)]
         assert order == crowd[: len(order)], "first in, first out within a user"
 
