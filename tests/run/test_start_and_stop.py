@@ -138,6 +138,12 @@ def test_own_redis_and_s3_are_used_instead_of_embedded_ones(make_up: MakeUp, con
     assert up.stop() == 0
 
 
+def test_the_embedded_redis_follows_the_configured_durability(make_up: MakeUp) -> None:
+    up = make_up(DELINEATE__QUEUE__DURABILITY="always")
+    up.start()  # the API and the workers refuse a Redis that does not sync every write
+    assert 'appendfsync "always"' in (up.home / "redis" / "redis.conf").read_text()
+
+
 def test_stop_in_the_middle_of_a_job_takes_seconds_and_the_job_goes_on(make_up: MakeUp) -> None:
     slow = {
         "DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED": "true",
