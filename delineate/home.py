@@ -30,6 +30,7 @@ from delineate.errors import StartupError
 # Below the range that Linux hands out to outgoing connections (32768 and up),
 # so that a remembered port is not lost to somebody's client while we are down.
 FIRST_PORT, PORTS = 20_000, 10_000
+DEFAULT_HOME = ".delineate"
 FOLDERS = ("redis", "s3/files", "s3/archives", "metrics", "run")
 
 
@@ -109,6 +110,12 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
         yield home
     finally:
         os.close(lock)
+
+
+def supervisor_socket(path: Path) -> Path:
+    """Where the supervisord of the home at `path` listens: inside, unless that is a link (up.py)."""
+    inside = path / "run" / "supervisor.sock"
+    return inside.readlink() if inside.is_symlink() else inside
 
 
 def _take(lock: int, path: Path, patience: float) -> None:

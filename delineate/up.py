@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import ipaddress
 import math
 import os
 import resource
@@ -29,12 +30,11 @@ import xmlrpc.client
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from supervisor.xmlrpc import SupervisorTransport
-
-from delineate.config import Config, find_conf_dir, load_config, read_environment
+from delineate.config import ApiConfig, Config, find_conf_dir, load_config, read_environment
 from delineate.embedded import redis_conf, redis_file_command, s3_command, s3_environment
 from delineate.errors import ConfigError, JobError, StartupError
-from delineate.home import Home, open_home, port_is_free
+from delineate.home import DEFAULT_HOME, Home, open_home, port_is_free
+from delineate.restart import supervisor_at
 from delineate.tether import adopt_orphans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def run_embedded() -> int:
     load_config(environ)
     if not SUPERVISORD_CONF.is_file():
         raise StartupError(f"{SUPERVISORD_CONF} is missing; run it from a checkout of delineate")
-    with open_home(Path(environ.get("DELINEATE_HOME") or ".delineate").absolute()) as home, _socket(home) as sock:
+    with open_home(Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()) as home, _socket(home) as sock:
         environ = embedded_environment(home, environ, sock)
         config = load_config(environ)
         if not port_is_free(config.api.host, config.api.port):
@@ -123,6 +123,7 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
         for name in ("ACCESS_KEY_ID_FILE", "SECRET_ACCESS_KEY_FILE"):
             environ.pop(f"DELINEATE__STORAGE__{name}", None)
     config = load_config(environ)
+    environ["DELINEATE_API_SOCKET"] = _api_socket(config.api, sock)
     environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + 1)
     environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + 1)
     return environ
@@ -233,7 +234,7 @@ class _Run:
                 seen = newest
                 # https://rclone.org/commands/rclone_serve_s3/ (VFS directory cache): SIGHUP flushes it
                 with contextlib.suppress(OSError, xmlrpc.client.Error):  # on its way up or down; the next change counts
-                    await asyncio.to_thread(_signal, self._sock, "s3", "HUP")
+                    await asyncio.to_thread(supervisor_at(self._sock).signalProcess, "s3", "HUP")
         await asyncio.Event().wait()
 
     def _summary(self, seconds: float) -> str:
@@ -329,12 +330,6 @@ def _newest(folder: Path) -> tuple[int, int]:
     return len(times), max(times)
 
 
-def _signal(sock: Path, program: str, name: str) -> None:
-    """Have supervisord send a signal. Source: http://supervisord.org/api.html#process-control"""
-    transport = SupervisorTransport("delineate", "delineate", f"unix://{sock}")
-    xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor.signalProcess(program, name)
-
-
 def _health(config: Config) -> tuple[bool, str]:
     """Whether /health is 200, and what it said."""
     host = "127.0.0.1" if config.api.host in ("0.0.0.0", "") else config.api.host
@@ -368,13 +363,28 @@ def _children() -> list[int]:
 
 @contextlib.contextmanager
 def _socket(home: Home) -> Iterator[Path]:
-    """Where supervisord listens: inside the home, unless its path is too long for a socket."""
+    """Where supervisord listens: inside the home, unless its path is too long for a socket; then a link is there."""
     inside = home.path / "run" / "supervisor.sock"
+    inside.unlink(missing_ok=True)
     if len(os.fsencode(inside)) <= MAX_SOCKET_BYTES:
         yield inside
         return
     with tempfile.TemporaryDirectory(prefix="delineate-") as folder:  # mode 0700
-        yield Path(folder) / "supervisor.sock"
+        inside.symlink_to(Path(folder) / "supervisor.sock")
+        yield inside.readlink()
+        inside.unlink(missing_ok=True)
+
+
+def _api_socket(config: ApiConfig, sock: Path) -> str:
+    """What supervisord opens for the API processes (listener.py).
+
+    It can open IPv4 sockets only. For anything else it gets one that nobody
+    connects to, and the API processes listen for themselves.
+    """
+    try:
+        return f"tcp://{ipaddress.IPv4Address(config.host)}:{config.port}"
+    except ValueError:
+        return f"unix://{sock.with_name('api.sock')}"
 
 
 def _with_port(environ: dict[str, str]) -> dict[str, str]:
