@@ -14,6 +14,7 @@ and the others keep running as they are.
 from __future__ import annotations
 
 import fcntl
+import http.client
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ START_SECONDS = 60
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 10
 GONE_WRONG = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
+UNREACHABLE = (OSError, http.client.HTTPException, xmlrpc.client.Error)
 AT_REST = ("STOPPED", "EXITED", "FATAL", "BACKOFF")
 
 
@@ -51,10 +53,14 @@ class Supervisor(Protocol):
     def signalProcess(self, name: str, number: str) -> bool: ...  # noqa: N802
 
 
-def supervisor_at(sock: Path) -> Supervisor:
-    """Supervisord's remote calls; they raise OSError or xmlrpc.client.Error."""
+@contextmanager
+def supervisor_at(sock: Path) -> Iterator[Supervisor]:
+    """Supervisord's remote calls; they raise what UNREACHABLE names."""
     transport = SupervisorTransport("delineate", "delineate", f"unix://{sock}")
-    return cast(Supervisor, xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor)
+    try:
+        yield cast(Supervisor, xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor)
+    finally:
+        transport.close()
 
 
 def restart(names: Sequence[str]) -> int:
@@ -66,18 +72,18 @@ def restart(names: Sequence[str]) -> int:
     home = Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
     sock = Path(environ.get("DELINEATE_SUPERVISOR_SOCKET") or supervisor_socket(home))
     socket.setdefaulttimeout(ANSWER_SECONDS)  # supervisor's client knows no other way
-    supervisor = supervisor_at(sock)
-    try:
-        infos = supervisor.getAllProcessInfo()
-        pid = supervisor.getPID()
-    except (OSError, xmlrpc.client.Error) as error:
-        raise StartupError(
-            f"no service answers at {sock} ({error}); start it, or name its home with DELINEATE_HOME"
-        ) from error
-    chosen = _choose(infos, names)
-    _check_configuration(pid)
-    with _alone(home), _one_interrupt() as interrupted:
-        return _Rolling(supervisor, home, interrupted).restart(chosen)
+    with supervisor_at(sock) as supervisor:
+        try:
+            infos = supervisor.getAllProcessInfo()
+            pid = supervisor.getPID()
+        except UNREACHABLE as error:
+            raise StartupError(
+                f"no service answers at {sock} ({error}); start it, or name its home with DELINEATE_HOME"
+            ) from error
+        chosen = _choose(infos, names)
+        _check_configuration(pid)
+        with _alone(home), _one_interrupt() as interrupted:
+            return _Rolling(supervisor, home, interrupted).restart(chosen)
 
 
 def _choose(infos: Iterable[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -145,24 +151,21 @@ class _Rolling:
 
     def restart(self, processes: Sequence[str]) -> int:
         started = time.monotonic()
-        done = 0
+        left = list(processes)
+        name = ""
         try:
-            for name in processes:
-                if self._interrupted():
-                    break
+            while left and not self._interrupted():
+                name = left.pop(0)
                 problem = self._replace(name, max(map(len, processes)))
                 if problem:
-                    left = len(processes) - done - 1
-                    others = f"; {left} more are as they were" if left else ""
-                    return _say_and_return(1, f"{name} {problem}. Its last words are in the service's log{others}")
-                done += 1
+                    return _say(1, f"{name} {problem}; its last words are in the service's log", left)
         except KeyboardInterrupt:
-            return _say_and_return(130, f"ended at once; `status` of supervisorctl shows whether {name} is running")
-        except (OSError, xmlrpc.client.Error) as error:
-            return _say_and_return(1, f"the service went away while {name} was restarted ({error})")
-        if done < len(processes):
-            return _say_and_return(130, f"interrupted; {len(processes) - done} processes are as they were")
-        print(f"{done} processes are new after {time.monotonic() - started:.1f} s", flush=True)
+            return _say(130, f"ended at once; {name} may be stopped, restart it", left)
+        except UNREACHABLE as error:
+            return _say(1, f"the service went away while {name} was restarted ({error})", left)
+        if left:
+            return _say(130, "interrupted", left)
+        print(f"{len(processes)} processes replaced in {time.monotonic() - started:.1f} s", flush=True)
         return 0
 
     def _replace(self, name: str, width: int) -> str:
@@ -202,7 +205,7 @@ class _Rolling:
             state, pid = info["statename"], info["pid"]
             first = first or pid
             if state in GONE_WRONG or pid != first:
-                return f"does not start (exit code {info['exitstatus']}) and was stopped"
+                return "did not stay up and was stopped"
             if state == "RUNNING" and is_ready(file, pid):
                 return ""
             time.sleep(POLL_SECONDS)
@@ -212,6 +215,8 @@ class _Rolling:
         return str(self._supervisor.getProcessInfo(name)["statename"])
 
 
-def _say_and_return(code: int, sentence: str) -> int:
-    print(f"delineate restart: {sentence}", file=sys.stderr, flush=True)
+def _say(code: int, what: str, untouched: Sequence[str]) -> int:
+    """One line on stderr; returns `code`."""
+    rest = f"; still as before: {', '.join(untouched)}" if untouched else ""
+    print(f"delineate restart: {what}{rest}", file=sys.stderr, flush=True)
     return code

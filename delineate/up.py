@@ -234,7 +234,7 @@ class _Run:
                 seen = newest
                 # https://rclone.org/commands/rclone_serve_s3/ (VFS directory cache): SIGHUP flushes it
                 with contextlib.suppress(OSError, xmlrpc.client.Error):  # on its way up or down; the next change counts
-                    await asyncio.to_thread(supervisor_at(self._sock).signalProcess, "s3", "HUP")
+                    await asyncio.to_thread(_signal, self._sock, "s3", "HUP")
         await asyncio.Event().wait()
 
     def _summary(self, seconds: float) -> str:
@@ -328,6 +328,11 @@ def _newest(folder: Path) -> tuple[int, int]:
             with contextlib.suppress(FileNotFoundError):
                 times.append(entry.stat().st_mtime_ns)
     return len(times), max(times)
+
+
+def _signal(sock: Path, program: str, name: str) -> None:
+    with supervisor_at(sock) as supervisor:
+        supervisor.signalProcess(program, name)
 
 
 def _health(config: Config) -> tuple[bool, str]:

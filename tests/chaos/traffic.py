@@ -16,7 +16,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 
 FINAL = ("completed", "failed", "cancelled")
@@ -57,14 +57,14 @@ class Connection:
             raise Failed(f"{method} {path}: {status} {content[:200]!r}")
         return Reply(status, headers, content)
 
-    async def send(self, method: str, path: str, body: bytes = b"", **more: str) -> None:
+    async def send(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         # What every client does before it uses a connection again: has the server closed it meanwhile?
         if self._writer is not None and self._reader.at_eof():
             self.close()
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         lines = [f"{method} {path} HTTP/1.1", "Host: delineate", f"Content-Length: {len(body)}"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in more.items()]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         lines += ["Content-Type: application/json"] if body else []
         lines += [] if self._keep else ["Connection: close"]
         self._writer.write("\r\n".join([*lines, "", ""]).encode() + body)
@@ -204,13 +204,14 @@ class Traffic:
 
     async def _follow(self, job_id: str) -> None:
         """As an EventSource does: come back after `retry` with the last id, until the final event."""
-        last, retry, progress = {}, 1.0, -1
+        last: dict[str, str] = {}
+        retry, progress = 1.0, -1
         while True:
             connection, began, ended_with_retry = Connection(self.port, keep=True), time.monotonic(), False
             self.counts["requests"] += 1
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    await connection.send("GET", f"/v1/export/{job_id}/progress", **last)
+                    await connection.send("GET", f"/v1/export/{job_id}/progress", headers=last)
                     status, _ = await connection.head()
                 self.worst_seconds = max(self.worst_seconds, time.monotonic() - began)
                 if status != 200:
@@ -222,7 +223,7 @@ class Traffic:
                     retry = int(event.get("retry", retry * 1000)) / 1000
                     if "data" not in event:
                         continue
-                    last = {"Last_Event_ID": event["id"]}
+                    last = {"Last-Event-ID": event["id"]}
                     if event["event"] in FINAL:
                         self.counts["final events"] += 1
                         self.ended.setdefault(job_id, event["event"])
