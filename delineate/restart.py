@@ -131,7 +131,7 @@ def _one_interrupt() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen = True
-        print("\ninterrupted: this process is still finished; once more ends at once", file=sys.stderr, flush=True)
+        print("\ninterrupted: finishing this process first; once more ends at once", file=sys.stderr, flush=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}

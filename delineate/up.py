@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import ipaddress
 import math
 import os
 import resource
@@ -43,6 +42,8 @@ START_SECONDS = 60
 # A path in a sockaddr_un has 108 bytes on Linux and 104 on macOS; supervisord first binds to `<path>.<pid>`.
 MAX_SOCKET_BYTES = 104 - len(".4194304") - 1
 OPEN_FILES = 65_536
+# After its drain_timeout a process hands back jobs (2 s at most), closes connections, and may have to wait for a core.
+CLOSE_SECONDS = 3
 
 
 def run_embedded() -> int:
@@ -84,7 +85,7 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
         "DELINEATE_WORKER_PROCESSES": "2",
         "DELINEATE_SUPERVISOR_LOG_LEVEL": "warn",
         # Together with the servers' own time this keeps the promise to be gone within ten seconds.
-        "DELINEATE__WORKER__DRAIN_TIMEOUT": "4",
+        "DELINEATE__WORKER__DRAIN_TIMEOUT": "3",
         "DELINEATE__API__DRAIN_TIMEOUT": "1",
     }
     environ |= {name: value for name, value in defaults.items() if not environ.get(name)}
@@ -124,8 +125,8 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
             environ.pop(f"DELINEATE__STORAGE__{name}", None)
     config = load_config(environ)
     environ["DELINEATE_API_SOCKET"] = _api_socket(config.api, sock)
-    environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + 1)
-    environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + 1)
+    environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + CLOSE_SECONDS)
+    environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + CLOSE_SECONDS)
     return environ
 
 
@@ -239,7 +240,8 @@ class _Run:
 
     def _summary(self, seconds: float) -> str:
         api = self._config.api
-        base = f"http://{'localhost' if api.host in ('127.0.0.1', '0.0.0.0') else api.host}:{api.port}"
+        host = "localhost" if api.host in ("127.0.0.1", "0.0.0.0") else api.host
+        base = f"http://{f'[{host}]' if ':' in host else host}:{api.port}"
         default = ROOT / ".delineate" / "run" / "supervisor.sock"
         where = "" if self._sock == default else f" -s {shlex.quote(f'unix://{self._sock}')}"
         ctl = Path(sys.executable).with_name("supervisorctl")
@@ -383,13 +385,14 @@ def _socket(home: Home) -> Iterator[Path]:
 def _api_socket(config: ApiConfig, sock: Path) -> str:
     """What supervisord opens for the API processes (listener.py).
 
-    It can open IPv4 sockets only. For anything else it gets one that nobody
-    connects to, and the API processes listen for themselves.
+    It can open one IPv4 socket. For another address, or a name with several, it gets
+    one that nobody connects to, and the API processes listen for themselves.
     """
-    try:
-        return f"tcp://{ipaddress.IPv4Address(config.host)}:{config.port}"
-    except ValueError:
-        return f"unix://{sock.with_name('api.sock')}"
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        if len(found) == 1 and found[0][0] == socket.AF_INET:
+            return f"tcp://{found[0][4][0]}:{config.port}"
+    return f"unix://{sock.with_name('api.sock')}"
 
 
 def _with_port(environ: dict[str, str]) -> dict[str, str]:

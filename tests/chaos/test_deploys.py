@@ -25,13 +25,12 @@ STREAMS = 200
 POLLERS = 20
 SETTLE_SECONDS = 60
 FILES = [sample.file_id for sample in SAMPLES]
-# Long enough that most jobs see a restart, some longer than the workers' drain_timeout (4 s) and handed back.
+# Long enough that most jobs see a restart, some longer than the workers' drain_timeout (3 s) and handed back.
 LOAD = {
     "DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED": "true",
     "DELINEATE__PROCESSING__SIMULATED_DELAY__MIN": "0.5",
-    "DELINEATE__PROCESSING__SIMULATED_DELAY__MAX": "6",
-    "DELINEATE__WORKER__CONCURRENCY": "100",
-    "DELINEATE__LOG__LEVEL": "warning",
+    "DELINEATE__PROCESSING__SIMULATED_DELAY__MAX": "5",
+    "DELINEATE__WORKER__CONCURRENCY": "60",
 }
 
 MakeUp = Callable[..., Up]
@@ -83,10 +82,11 @@ async def test_all_processes_are_replaced_under_load_and_no_request_job_or_strea
     await asyncio.sleep(2)
     await traffic.stop()
     await traffic.finish(SETTLE_SECONDS)
-    figures = {
+    figures: dict[str, float] = {
         **traffic.counts,
         "jobs": len(traffic.accepted),
         "failed": len(traffic.failures),
+        "handed back": up.log.read_text().count("job handed back"),
         "worst seconds": round(traffic.worst_seconds, 3),
         "restart seconds": round(seconds, 1),
     }
@@ -96,6 +96,7 @@ async def test_all_processes_are_replaced_under_load_and_no_request_job_or_strea
     assert {traffic.ended[job_id] for job_id in traffic.accepted} == {"completed"}
     assert len(traffic.accepted) > POSTS_PER_SECOND * seconds
     assert traffic.counts["streams resumed"] >= STREAMS
+    assert figures["handed back"] > 0
     after = pids(up)
     assert after.keys() == before.keys()
     assert not set(after.values()) & set(before.values())
