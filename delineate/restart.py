@@ -22,7 +22,7 @@ import sys
 import time
 import xmlrpc.client
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -39,7 +39,6 @@ POLL_SECONDS = 0.1
 ANSWER_SECONDS = 10
 GONE_WRONG = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
 UNREACHABLE = (OSError, http.client.HTTPException, xmlrpc.client.Error)
-AT_REST = ("STOPPED", "EXITED", "FATAL", "BACKOFF")
 
 
 class Supervisor(Protocol):
@@ -187,14 +186,11 @@ class _Rolling:
 
     def _stop(self, name: str) -> None:
         """Returns when it has ended; supervisord sees to it that it does (stopwaitsecs)."""
-        state = self._state(name)
-        if state not in ("STOPPED", "EXITED", "FATAL"):
-            try:
-                self._supervisor.stopProcess(name, False)
-            except xmlrpc.client.Fault:
-                if self._state(name) not in AT_REST:  # it ended by itself at the same moment
-                    raise
-        while self._state(name) not in ("STOPPED", "EXITED", "FATAL"):
+        while (state := self._state(name)) not in ("STOPPED", "FATAL"):
+            if state in ("RUNNING", "STARTING", "BACKOFF"):
+                # It may end by itself at this moment; supervisord then starts it, and we are here again.
+                with suppress(xmlrpc.client.Fault):
+                    self._supervisor.stopProcess(name, False)
             time.sleep(POLL_SECONDS)
 
     def _until_ready(self, name: str, file: Path) -> str:

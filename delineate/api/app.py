@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
@@ -241,21 +241,19 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
         with suppress(QueueUnavailable):  # then POST answers 503, and the workers look again
             await queue.check_server()
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
-        stopped = asyncio.create_task(stop.wait())
-        usable = asyncio.create_task(_become_usable(api.services.checks))
-        await asyncio.wait({stopped, usable}, return_when=asyncio.FIRST_COMPLETED)
-        usable.cancel()
-        await asyncio.gather(usable, return_exceptions=True)
-        with ready(None if stop.is_set() else ready_file):
-            await stopped
+        async with asyncio.TaskGroup() as beside:
+            announcing = beside.create_task(_announce(api.services.checks, ready_file))
+            await stop.wait()
+            announcing.cancel()
         _log.info("draining", extra={"context": {"streams": len(api.services.streams)}})
     _log.info("stopped")
 
 
-async def _become_usable(checks: Checks) -> None:
-    """Wait until storage and Redis have answered: a process that cannot reach them is no good successor."""
-    while True:
-        known = await checks.look()
-        if known["storage"] == known["redis"] == "ok":
-            return
+async def _announce(checks: Checks, ready_file: Path | None) -> NoReturn:
+    """Say that this process works, once storage and Redis have answered: without them it is no good successor."""
+    needed = {"storage": "ok", "redis": "ok"}.items()
+    while not needed <= (await checks.look()).items():  # noqa: ASYNC110  # other machines' state has no event
         await asyncio.sleep(READY_SECONDS)
+    with ready(ready_file):
+        while True:
+            await asyncio.Event().wait()

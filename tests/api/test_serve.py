@@ -14,9 +14,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from delineate.api import app
 from delineate.config import Config
 from delineate.ready import is_ready
-from tests.api.running import next_event, parse_events, until
+from tests.api.running import changed, next_event, parse_events, until
 from tests.servers import free_port
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -136,6 +137,15 @@ async def test_a_socket_that_is_handed_over_keeps_its_clients_when_a_process_end
                 writer.close()
             second.terminate()
             assert await asyncio.wait_for(second.wait(), 8) == 0
+
+
+def test_a_changed_port_counts_from_the_next_start_of_the_whole_service(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        monkeypatch.setattr(app, "handed_over", lambda: held)
+        assert app.listen(changed(config, "api", port=1).api) == [held]
+        assert f"still on {held.getsockname()[1]}" in caplog.text
 
 
 async def test_a_socket_of_another_kind_on_stdin_is_left_alone(config: Config, tmp_path: Path) -> None:
