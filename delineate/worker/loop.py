@@ -20,12 +20,14 @@ import socket
 import time
 import uuid
 from contextlib import suppress
+from pathlib import Path
 
 from delineate.config import Config
 from delineate.errors import LeaseLost, QueuePaused, QueueUnavailable
 from delineate.job import Lease
 from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvent, JobEvents, open_job_events
+from delineate.ready import ready
 from delineate.storage import Storage, open_storage, wait_for_storage
 from delineate.worker.attempt import Attempt, hand_back
 from delineate.worker.janitor import Janitor
@@ -37,8 +39,11 @@ AUDIT_SECONDS = 30.0
 HAND_BACK_SECONDS = 2.0
 
 
-async def serve(config: Config) -> None:
-    """Work until SIGTERM or SIGINT, then drain. Raises OperatorError if the store refuses this configuration."""
+async def serve(config: Config, ready_file: Path | None = None) -> None:
+    """Work until SIGTERM or SIGINT, then drain; `ready_file` exists while it claims jobs.
+
+    Raises OperatorError if the store refuses this configuration.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -49,7 +54,7 @@ async def serve(config: Config) -> None:
     ):
         await wait_for_storage(storage, stop)
         if not stop.is_set():
-            await Worker(config, queue, storage, events).run(stop)
+            await Worker(config, queue, storage, events).run(stop, ready_file)
 
 
 class Worker:
@@ -67,7 +72,7 @@ class Worker:
         self._renamed = asyncio.Event()
         self.id = _new_worker_id()
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, ready_file: Path | None = None) -> None:
         """Work until `stop` is set, then drain. Raises StartupError if Redis may evict keys."""
         if not await self._join(stop):
             return
@@ -81,7 +86,8 @@ class Worker:
             async with beside(self._fetch_forever()) as fetching, beside(stop.wait()) as stopped:
                 # None of the loops ends by itself: one that does has a bug, and the process must not go on without it.
                 loops = {fetching, heartbeat, listening, tidying, aborting}
-                await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
+                with ready(ready_file):
+                    await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
             await self._return_unclaimed()
             await self._drain()
         await self._leave()
