@@ -92,6 +92,7 @@ class RedisConfig(Section, frozen=True, kw_only=True):
 class QueueConfig(Section, frozen=True, kw_only=True):
     durability: Literal["everysec", "always"]
     max_waiting: Count
+    max_waiting_of_user: Count
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     internal_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     backoff: Seconds

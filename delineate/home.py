@@ -19,7 +19,7 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from delineate.errors import StartupError
 # Below the range that Linux hands out to outgoing connections (32768 and up),
 # so that a remembered port is not lost to somebody's client while we are down.
 FIRST_PORT, PORTS = 20_000, 10_000
+DEFAULT_HOME = ".delineate"
 FOLDERS = ("redis", "s3/files", "s3/archives", "metrics", "run")
 
 
@@ -109,6 +110,36 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
         yield home
     finally:
         os.close(lock)
+
+
+def supervisor_socket(path: Path) -> Path:
+    """Where the supervisord of the home at `path` listens: inside, unless that is a link (up.py)."""
+    inside = path / "run" / "supervisor.sock"
+    return inside.readlink() if inside.is_symlink() else inside
+
+
+def environment_of(pid: int) -> dict[str, str] | None:
+    """What a process was started with; None if it has gone, is another user's, or this is not Linux."""
+    try:
+        block = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    pairs = (os.fsdecode(entry).partition("=") for entry in block.split(b"\0") if entry)
+    return {name: value for name, _, value in pairs}
+
+
+def service_environment(given: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment of the service that runs in the home, else `given`; also when that names a Redis of its own."""
+    if any(name.startswith(("DELINEATE__REDIS__URL", "DELINEATE__REDIS__SENTINELS")) for name in given):
+        return given
+    path = Path(given.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+    try:
+        pid = int((path / "run" / "supervisord.pid").read_text())
+    except (OSError, ValueError):
+        return given
+    found = environment_of(pid)
+    # The number may be another process's by now.
+    return found if found and found.get("DELINEATE_HOME") == str(path) else given
 
 
 def _take(lock: int, path: Path, patience: float) -> None:

@@ -29,12 +29,11 @@ import xmlrpc.client
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from supervisor.xmlrpc import SupervisorTransport
-
-from delineate.config import Config, find_conf_dir, load_config, read_environment
+from delineate.config import ApiConfig, Config, find_conf_dir, load_config, read_environment
 from delineate.embedded import redis_conf, redis_file_command, s3_command, s3_environment
 from delineate.errors import ConfigError, JobError, StartupError
-from delineate.home import Home, open_home, port_is_free
+from delineate.home import DEFAULT_HOME, Home, open_home, port_is_free
+from delineate.restart import supervisor_at
 from delineate.tether import adopt_orphans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +42,8 @@ START_SECONDS = 60
 # A path in a sockaddr_un has 108 bytes on Linux and 104 on macOS; supervisord first binds to `<path>.<pid>`.
 MAX_SOCKET_BYTES = 104 - len(".4194304") - 1
 OPEN_FILES = 65_536
+# After its drain_timeout a process hands back jobs (2 s at most), closes connections, and may have to wait for a core.
+CLOSE_SECONDS = 3
 
 
 def run_embedded() -> int:
@@ -55,7 +56,7 @@ def run_embedded() -> int:
     config = load_config(environ)
     if not SUPERVISORD_CONF.is_file():
         raise StartupError(f"{SUPERVISORD_CONF} is missing; run it from a checkout of delineate")
-    with open_home(Path(environ.get("DELINEATE_HOME") or ".delineate").absolute()) as home, _socket(home) as sock:
+    with open_home(Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()) as home, _socket(home) as sock:
         environ = embedded_environment(home, environ, sock, config)
         config = load_config(environ)
         if not port_is_free(config.api.host, config.api.port):
@@ -84,7 +85,7 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, confi
         "DELINEATE_WORKER_PROCESSES": "2",
         "DELINEATE_SUPERVISOR_LOG_LEVEL": "warn",
         # Together with the servers' own time this keeps the promise to be gone within ten seconds.
-        "DELINEATE__WORKER__DRAIN_TIMEOUT": "4",
+        "DELINEATE__WORKER__DRAIN_TIMEOUT": "3",
         "DELINEATE__API__DRAIN_TIMEOUT": "1",
     }
     environ |= {name: value for name, value in defaults.items() if not environ.get(name)}
@@ -125,8 +126,9 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, confi
         for name in ("ACCESS_KEY_ID_FILE", "SECRET_ACCESS_KEY_FILE"):
             environ.pop(f"DELINEATE__STORAGE__{name}", None)
     config = load_config(environ)
-    environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + 1)
-    environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + 1)
+    environ["DELINEATE_API_SOCKET"] = _api_socket(config.api, sock)
+    environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + CLOSE_SECONDS)
+    environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + CLOSE_SECONDS)
     return environ
 
 
@@ -240,7 +242,8 @@ class _Run:
 
     def _summary(self, seconds: float) -> str:
         api = self._config.api
-        base = f"http://{'localhost' if api.host in ('127.0.0.1', '0.0.0.0') else api.host}:{api.port}"
+        host = "localhost" if api.host in ("127.0.0.1", "0.0.0.0") else api.host
+        base = f"http://{f'[{host}]' if ':' in host else host}:{api.port}"
         default = ROOT / ".delineate" / "run" / "supervisor.sock"
         where = "" if self._sock == default else f" -s {shlex.quote(f'unix://{self._sock}')}"
         ctl = Path(sys.executable).with_name("supervisorctl")
@@ -332,9 +335,8 @@ def _newest(folder: Path) -> tuple[int, int]:
 
 
 def _signal(sock: Path, program: str, name: str) -> None:
-    """Have supervisord send a signal. Source: http://supervisord.org/api.html#process-control"""
-    transport = SupervisorTransport("delineate", "delineate", f"unix://{sock}")
-    xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor.signalProcess(program, name)
+    with supervisor_at(sock) as supervisor:
+        supervisor.signalProcess(program, name)
 
 
 def _health(config: Config) -> tuple[bool, str]:
@@ -370,13 +372,29 @@ def _children() -> list[int]:
 
 @contextlib.contextmanager
 def _socket(home: Home) -> Iterator[Path]:
-    """Where supervisord listens: inside the home, unless its path is too long for a socket."""
+    """Where supervisord listens: inside the home, unless its path is too long for a socket; then a link is there."""
     inside = home.path / "run" / "supervisor.sock"
+    inside.unlink(missing_ok=True)
     if len(os.fsencode(inside)) <= MAX_SOCKET_BYTES:
         yield inside
         return
     with tempfile.TemporaryDirectory(prefix="delineate-") as folder:  # mode 0700
-        yield Path(folder) / "supervisor.sock"
+        inside.symlink_to(Path(folder) / "supervisor.sock")
+        yield inside.readlink()
+        inside.unlink(missing_ok=True)
+
+
+def _api_socket(config: ApiConfig, sock: Path) -> str:
+    """What supervisord opens for the API processes (listener.py).
+
+    It can open one IPv4 socket. For another address, or a name with several, it gets
+    one that nobody connects to, and the API processes listen for themselves.
+    """
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        if len(found) == 1 and found[0][0] == socket.AF_INET:
+            return f"tcp://{found[0][4][0]}:{config.port}"
+    return f"unix://{sock.with_name('api.sock')}"
 
 
 def _with_port(environ: dict[str, str]) -> dict[str, str]:

@@ -63,7 +63,7 @@ def test_every_make_target_that_is_named_exists() -> None:
 def test_every_program_that_is_named_is_in_supervisord_conf() -> None:
     conf = (ROOT / "supervisord.conf").read_text() + (ROOT / "conf" / "supervisord.embedded.conf").read_text()
     for group in re.findall(r"\b(\w+):\*", README):
-        assert f"[program:{group}]" in conf
+        assert f"program:{group}]" in conf
 
 
 def test_the_changelog_has_this_version() -> None:

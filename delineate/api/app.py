@@ -1,6 +1,7 @@
 """The API process: its routes, its life from the first socket to the last open stream.
 
 serve           listen, open Redis and S3, serve until SIGTERM or SIGINT, drain
+listening       the sockets' life: serve, linger, close
 make_app        the same routes on clients that the caller owns; tests use it
 Api             what Tornado's HTTPServer calls for every request
 """
@@ -13,11 +14,13 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import cast
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPConnection, HTTPMessageDelegate, HTTPServerConnectionDelegate
+from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 
 from delineate.api import downloads, events, exports, health, pages
@@ -32,17 +35,18 @@ from delineate.api.links import Links
 from delineate.api.routing import Table
 from delineate.config import ApiConfig, Config
 from delineate.errors import QueueUnavailable, StartupError
+from delineate.listener import handed_over
 from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvents, open_job_events
+from delineate.ready import ready
 from delineate.storage import Storage, open_storage
 from delineate.telemetry.metrics import check_metrics
 
 _log = logging.getLogger(__name__)
 
 ROUTES = [*exports.ROUTES, *downloads.ROUTES, *events.ROUTES, *health.ROUTES, *pages.ROUTES]
-BACKLOG = 1024
-# How often a Redis that is away at the start is tried again, until its settings have been looked at.
-CHECK_SECONDS = 1.0
+BACKLOG = 1024  # of own sockets; supervisord.conf has the same for the one it hands over
+READY_SECONDS = 0.5
 # Tornado's own limit is out of the way: exchange.py has the one that answers in JSON.
 _UNLIMITED = 1 << 62
 _ALLOWED_HEADERS = "Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID"
@@ -103,22 +107,48 @@ class Api(HTTPServerConnectionDelegate):
                 lines += f"Access-Control-Allow-Headers: {_ALLOWED_HEADERS}\r\nAccess-Control-Max-Age: 600\r\n"
         return lines.encode("latin-1")
 
-    async def drain(self) -> None:
-        """End streams at once, and give open requests until api.drain_timeout."""
+    async def drain(self, server: Server) -> None:
+        """End streams at once; give open requests and idle connections until api.drain_timeout.
+
+        A client may send its next request on an idle connection while we decide to
+        close it, and would then get a reset for an answer. So idle connections
+        stay: what comes is answered with `Connection: close`, and who has not
+        come until the end of the timeout is closed without a word.
+        """
         self.services.draining.set()
         self.services.feeds.wake_all()
         self.services.streams.end_all()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self.services.config.api.drain_timeout
-        # Again and again: a connection that is kept alive may begin another request meanwhile.
-        while self._tasks and (left := end - loop.time()) > 0:
-            await asyncio.wait(self._tasks, timeout=left)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.services.config.api.drain_timeout):
+                await server.unused.wait()
+                # Work whose connection is gone, or was taken over for a stream.
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
         late = tuple(self._tasks)
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         # A stream that was being opened when the others ended.
         self.services.streams.end_all()
+        await server.close_all_connections()
+
+
+class Server(HTTPServer):
+    """Tornado's server, which also tells when it has no connections; streams, which left it, do not count."""
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize(*args, **kwargs)
+        self.unused = asyncio.Event()
+        self.unused.set()
+
+    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
+        self.unused.clear()
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: object) -> None:
+        super().on_close(server_conn)
+        if not self._connections:
+            self.unused.set()
 
 
 @asynccontextmanager
@@ -149,10 +179,14 @@ async def make_app(config: Config, queue: Queue, storage: Storage, job_events: J
 
 
 @asynccontextmanager
-async def listening(api: Api, sockets: list[socket.socket]) -> AsyncIterator[None]:
-    """Serve on `sockets`; the end of the block is the drain."""
+async def listening(api: Api, sockets: list[socket.socket]) -> AsyncIterator[Server]:
+    """Serve on `sockets`; the end of the block is the drain.
+
+    The sockets are closed at once. One that supervisord holds goes on to take
+    connections for the other processes.
+    """
     config = api.services.config.api
-    server = HTTPServer(
+    server = Server(
         api,
         idle_connection_timeout=config.idle_timeout,
         body_timeout=config.request_timeout,
@@ -161,20 +195,24 @@ async def listening(api: Api, sockets: list[socket.socket]) -> AsyncIterator[Non
     )
     server.add_sockets(sockets)
     try:
-        yield
+        yield server
     finally:
         server.stop()
         server.conn_params.no_keep_alive = True
-        await api.drain()
-        # Only idle connections are left; a client of a proxy never sees these.
-        await server.close_all_connections()
+        await api.drain(server)
 
 
 def listen(config: ApiConfig) -> list[socket.socket]:
-    """Sockets on api.host:port that several processes of delineate may share.
+    """The socket that supervisord hands to all API processes, else own ones on api.host:port.
 
     Raises StartupError if another program has the port, or it may not be used.
     """
+    shared = handed_over()
+    if shared is not None:
+        port: int = shared.getsockname()[1]
+        if port != config.port:
+            _log.warning("api.port %d counts from the next start of the whole service: still on %d", config.port, port)
+        return [shared]
     try:
         return bind_sockets(config.port, config.host, backlog=BACKLOG, reuse_port=True)
     except OSError as error:
@@ -182,18 +220,10 @@ def listen(config: ApiConfig) -> list[socket.socket]:
         raise StartupError(f"cannot listen on api.host {config.host}, api.port {config.port}: {reason}") from error
 
 
-async def _check_redis(queue: Queue) -> None:
-    """Look at Redis as soon as it is there; until then POST answers 503. Raises StartupError."""
-    while True:
-        with suppress(QueueUnavailable):
-            return await queue.check_server()
-        await asyncio.sleep(CHECK_SECONDS)
-
-
-async def serve(config: Config) -> None:
+async def serve(config: Config, ready_file: Path | None = None) -> None:
     """Answer requests until SIGTERM or SIGINT; with Redis or S3 away it answers 503 and recovers by itself.
 
-    Raises StartupError for what an operator has to change.
+    `ready_file` appears once both have answered. Raises StartupError for what an operator has to change.
     """
     check_metrics(config.telemetry)
     stop = asyncio.Event()
@@ -208,17 +238,35 @@ async def serve(config: Config) -> None:
         make_app(config, queue, storage, job_events) as api,
         listening(api, sockets),
     ):
-        checking = asyncio.create_task(_check_redis(queue))
-        stopping = asyncio.create_task(stop.wait())
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
+        announcing = asyncio.create_task(_announce(queue, api.services.checks, ready_file))
+        stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({checking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if checking.done():
-                checking.result()
-            await stopping
+            # Announcing never ends, but for an error.
+            await asyncio.wait({announcing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if announcing.done():
+                announcing.result()
         finally:
-            checking.cancel()
+            announcing.cancel()
             stopping.cancel()
-            await asyncio.gather(checking, stopping, return_exceptions=True)
+            await asyncio.gather(announcing, stopping, return_exceptions=True)
         _log.info("draining", extra={"context": {"streams": len(api.services.streams)}})
     _log.info("stopped")
+
+
+async def _announce(queue: Queue, checks: Checks, ready_file: Path | None) -> NoReturn:
+    """Say that this process works, once storage and Redis have answered: without them it is no good successor.
+
+    Raises StartupError: a Redis that was away at the start is looked at as soon as it is there.
+    """
+    while True:
+        with suppress(QueueUnavailable):  # then POST answers 503
+            await queue.check_server()
+            break
+        await asyncio.sleep(READY_SECONDS)
+    needed = {"storage": "ok", "redis": "ok"}.items()
+    while not needed <= (await checks.look()).items():  # noqa: ASYNC110  # other machines' state has no event
+        await asyncio.sleep(READY_SECONDS)
+    with ready(ready_file):
+        while True:
+            await asyncio.Event().wait()

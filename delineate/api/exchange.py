@@ -146,17 +146,23 @@ class Exchange(HTTPMessageDelegate):
         answer = await self._respond()
         if isinstance(answer, EventStream):  # HEAD
             answer.abandon()
-        if self._api.closing:
+        connection, closing = self._connection, self._api.closing
+        if closing:
             self._keeps = b"Connection: close\r\n"
         # A block of bytes instead of write_headers(), which builds and checks every line again: 14 lines, 40 us.
-        self._connection.write(self._render(answer))
-        self._connection.finish()
+        written = connection.write(self._render(answer))
+        connection.finish()
+        if closing:
+            # Tornado decided to keep it when the request's headers came.
+            written.add_done_callback(lambda _: connection.close())
 
     async def _serve_stream(self, stream: IOStream) -> None:
         answer = await self._respond()
         block = self._render(answer)
         if isinstance(answer, EventStream):
             answer.start(stream, block)
+            if self._api.closing:
+                answer.end_with_retry()
             return
         try:
             await stream.write(block)

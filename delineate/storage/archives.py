@@ -126,6 +126,13 @@ class Archives(Connected):
 
         return await self._repeat(every_page, "while an upload was continued")
 
+    async def delete_archive(self, key: str) -> None:
+        """Remove an archive; one that is gone already is fine. Raises JobError."""
+        await self._repeat(
+            lambda: self._store.client.delete_object(Bucket=self._store.config.archive_bucket, Key=key),
+            "while an archive was deleted",
+        )
+
     async def stat_archive(self, key: str) -> ObjectInfo | None:
         """Describe an archive; None if there is none under `key`. Raises JobError."""
         return await self._stat(object_url(self._store.archives_url, key), "while the archive was checked")

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 from tornado.netutil import bind_sockets
 
-from delineate.api.app import Api, listening, make_app
+from delineate.api.app import Api, Server, listening, make_app
 from delineate.config import Config
 from delineate.job import ArchiveResult, ErrorClass, Failure, Job, Lease, NewJob, Progress, Stage, new_job_id
 from delineate.queue import Queue, open_queue
@@ -45,6 +45,7 @@ class Event(NamedTuple):
 @dataclass
 class RunningApi:
     api: Api
+    server: Server
     config: Config
     queue: Queue
     storage: Storage
@@ -163,10 +164,10 @@ async def running_api(config: Config) -> AsyncIterator[RunningApi]:
         sockets = bind_sockets(0, "127.0.0.1")
         port: int = sockets[0].getsockname()[1]
         async with (
-            listening(api, sockets),
+            listening(api, sockets) as server,
             aiohttp.ClientSession(f"http://127.0.0.1:{port}", cookie_jar=aiohttp.DummyCookieJar()) as http,
         ):
-            yield RunningApi(api, config, queue, storage, job_events, http, port, f"w-{uuid.uuid4().hex[:8]}")
+            yield RunningApi(api, server, config, queue, storage, job_events, http, port, f"w-{uuid.uuid4().hex[:8]}")
 
 
 def changed(config: Config, section: str, **values: object) -> Config:

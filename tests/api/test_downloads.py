@@ -70,7 +70,7 @@ async def test_start_does_not_hold_up_the_end_of_the_process(config: Config) -> 
         asked = asyncio.create_task(running.fetch("POST", "/v1/download/start", {"file_id": 70000}))
         await claim_next(running)
         await until(lambda: running.job_events.jobs == 1, "the wait")
-        await running.api.drain()
+        await running.api.drain(running.server)
         assert (await asked).status == 202
 
 

@@ -294,7 +294,7 @@ async def test_drain_ends_streams_cleanly(config: Config) -> None:
         job = await running.queued()
         async with running.stream(job.id) as events:
             await next_event(events)
-            await running.api.drain()
+            await running.api.drain(running.server)
             names = [event.name async for event in events]
         assert names == ["retry"]
         await until(lambda: streams(running) == 0, "the end of the stream")

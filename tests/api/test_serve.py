@@ -14,9 +14,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from delineate.api import app
 from delineate.config import Config
 from delineate.embedded import redis_command
-from tests.api.running import next_event, parse_events
+from delineate.ready import is_ready
+from tests.api.running import changed, next_event, parse_events, until
 from tests.servers import ServerProcess, free_port
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -39,10 +41,13 @@ def environment(config: Config, port: int, **more: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def api_process(env: dict[str, str], port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def api_process(
+    env: dict[str, str], port: int, *options: str, stdin: int = asyncio.subprocess.DEVNULL
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "delineate", "api"),
+        *(sys.executable, "-m", "delineate", "api", *options),
         env=env,
+        stdin=stdin,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -130,6 +135,113 @@ async def test_processes_of_delineate_share_a_port(config: Config) -> None:
         assert await asyncio.wait_for(first.wait(), 8) == 0
         async with http.get("/health/live") as answer:
             assert answer.status == 200
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+async def test_a_socket_that_is_handed_over_keeps_its_clients_when_a_process_ends(config: Config) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        port = listener.getsockname()[1]
+        env = environment(config, port)
+        async with api_process(env, port, stdin=listener.fileno()) as first, client(port) as http:
+            async with http.get("/health/live") as answer:
+                assert answer.status == 200
+            await http.close()
+            first.terminate()
+            assert await asyncio.wait_for(first.wait(), 8) == 0
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+        for _, writer in clients:
+            writer.write(get("/health/live"))
+        async with api_process(env, port, stdin=listener.fileno()) as second:
+            for reader, writer in clients:
+                assert (await asyncio.wait_for(reader.readuntil(b"}"), 8)).startswith(b"HTTP/1.1 200")
+                writer.close()
+            second.terminate()
+            assert await asyncio.wait_for(second.wait(), 8) == 0
+
+
+def test_a_changed_port_counts_from_the_next_start_of_the_whole_service(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        monkeypatch.setattr(app, "handed_over", lambda: held)
+        assert app.listen(changed(config, "api", port=1).api) == [held]
+        assert f"still on {held.getsockname()[1]}" in caplog.text
+
+
+async def test_a_socket_of_another_kind_on_stdin_is_left_alone(config: Config, tmp_path: Path) -> None:
+    port = free_port()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "socket"))
+        other.listen()
+        async with (
+            api_process(environment(config, port), port, stdin=other.fileno()),
+            client(port) as http,
+            http.get("/health/live") as answer,
+        ):
+            assert answer.status == 200
+
+
+async def test_an_idle_connection_is_served_while_the_process_drains(config: Config) -> None:
+    port = free_port()
+    env = environment(config, port, DELINEATE__API__DRAIN_TIMEOUT="60")
+    async with api_process(env, port) as process:
+        async with client(port) as http, http.post("/v1/export", json={"file_ids": [70000]}) as answer:
+            job_id = (await answer.json())["jobId"]
+        new = await asyncio.open_connection("127.0.0.1", port)
+        used, follower, following = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        used[1].write(get("/health/live"))
+        await used[0].readuntil(b"}")
+        following[1].write(get(f"/v1/export/{job_id}/progress"))
+        await following[0].readuntil(b"data")
+        process.terminate()
+        # It has noticed when its streams end.
+        assert (await following[0].read()).endswith(b"\n\n")
+        for reader, writer in (new, used):
+            writer.write(get("/health/live"))
+            answered = await reader.read()
+            assert answered.startswith(b"HTTP/1.1 200")
+            assert b"\r\nConnection: close\r\n" in answered
+        # A stream shows the present state and sends its client on to another process.
+        follower[1].write(get(f"/v1/export/{job_id}/progress"))
+        followed = await follower[0].read()
+        assert b"\r\nConnection: close\r\n" in followed
+        assert b'"status":"queued"' in followed
+        assert followed.rpartition(b"\n\nretry: ")[2].strip().isdigit()
+        # With the last connection gone there is nothing to wait for.
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+        for _, writer in (new, used, follower, following):
+            writer.close()
+
+
+async def test_a_connection_that_stays_idle_is_closed_when_the_drain_is_over(config: Config) -> None:
+    port = free_port()
+    env = environment(config, port, DELINEATE__API__DRAIN_TIMEOUT="0.5")
+    async with api_process(env, port) as process:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        process.terminate()
+        assert await reader.read() == b""
+        writer.close()
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+
+
+async def test_ready_file_says_that_redis_and_storage_were_reached(config: Config, tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "api.ready"
+    away = environment(config, port, DELINEATE__REDIS__URL=f"redis://127.0.0.1:{free_port()}/0")
+    async with api_process(away, port, "--ready", str(file)) as process, client(port) as http:
+        async with http.get("/health") as answer:
+            assert answer.status == 503
+        assert not file.exists()
+        process.kill()
+        await process.wait()
+    async with api_process(environment(config, port), port, "--ready", str(file)) as process:
+        await until(lambda: is_ready(file, process.pid), "readiness")
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+        assert not file.exists()
 
 
 async def test_port_of_another_program_ends_with_one_line(config: Config) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from delineate.config import Config
+from delineate.config import Config, load_config
 from delineate.errors import StartupError
 from delineate.home import open_home
 from delineate.seed import SAMPLES, put_samples
+from delineate.up import embedded_environment
 from tests.run.up import ROOT, Up, unzip
 from tests.servers import wait_until
 
@@ -77,6 +78,16 @@ def test_bad_yaml_is_one_line(make_up: MakeUp, tmp_path: Path) -> None:
 )
 def test_bad_variable_is_one_line(make_up: MakeUp, environ: dict[str, str], said: str) -> None:
     assert said in refused(make_up(**environ))
+
+
+@pytest.mark.parametrize(
+    ("host", "held"), [("127.0.0.1", "tcp://127.0.0.1:3000"), ("0.0.0.0", "tcp://0.0.0.0:3000"), ("::1", "unix:///")]
+)
+def test_supervisord_holds_the_socket_of_an_ipv4_address(tmp_path: Path, host: str, held: str) -> None:
+    given = {"DELINEATE_CONF_DIR": str(ROOT / "conf"), "DELINEATE__API__HOST": host, "DELINEATE__API__PORT": "3000"}
+    with open_home(tmp_path / "home") as home:
+        environ = embedded_environment(home, given, tmp_path / "supervisor.sock", load_config(given))
+    assert environ["DELINEATE_API_SOCKET"].startswith(held)
 
 
 def test_spoiled_settings_are_one_line(make_up: MakeUp) -> None:
