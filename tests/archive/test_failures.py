@@ -82,6 +82,25 @@ async def test_a_failed_upload_is_raised_as_it_was() -> None:
     assert_alone()
 
 
+async def test_a_failure_after_the_last_part_was_admitted_is_raised_as_it_was() -> None:
+    """The build then only waits for its tasks, and that is where a TaskGroup once left a cancel behind."""
+    files = store()
+    plan = plan_of_twenty()
+
+    async def put_part(number: int, body: memoryview) -> str:
+        if number == plan.part_count:
+            await asyncio.sleep(0.01)
+            raise StorageTimeout("the last part")
+        return await files.put_part(number, body)
+
+    task = asyncio.current_task()
+    assert task is not None
+    with pytest.raises(StorageTimeout, match="the last part"):
+        await build(files.read, put_part, plan=plan)
+    assert task.cancelling() == 0
+    assert_alone()
+
+
 async def test_a_failed_record_of_a_part_is_raised_as_it_was() -> None:
     async def on_part(receipt: PartReceipt) -> None:
         raise LookupError(receipt.number)
