@@ -129,6 +129,8 @@ class StorageConfig(Section, frozen=True, kw_only=True):
     source_key: Name
     archive_prefix: str
     archive_days: Annotated[int, msgspec.Meta(ge=1, le=3650)]
+    orphan_age: Seconds
+    orphan_interval: Seconds
     connections: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     operation_timeout: Seconds
     connect_timeout: Seconds
@@ -439,6 +441,8 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
     storage = config.storage
     if storage.archive_days * 86_400 < config.retention.job:
         raise refuse("storage.archive_days", storage.archive_days, "at least retention.job, in days")
+    if storage.orphan_age < config.worker.job_timeout:
+        raise refuse("storage.orphan_age", storage.orphan_age, "at least worker.job_timeout")
     try:
         once = storage.source_key.format(file_id=70000)
     except (KeyError, IndexError, ValueError):

@@ -96,3 +96,13 @@ def s3_command(folder: Path, port: int, options: Sequence[str] = ()) -> list[str
 def s3_environment(access_key_id: str, secret_access_key: str) -> dict[str, str]:
     """Environment variables that give `s3_command` its key pair."""
     return {"RCLONE_AUTH_KEY": f'"{access_key_id},{secret_access_key}"'}
+
+
+def drop_unfinished_uploads(bucket: Path) -> None:
+    """Remove what unfinished uploads left in the folder of a bucket; only while its S3 server is not running.
+
+    It streams their parts into files beside the archives, which S3 does not show,
+    and forgets them when it ends: nobody could abort them any more.
+    """
+    for file in bucket.rglob(".rclone_temp_multipart_*"):
+        file.unlink(missing_ok=True)

@@ -139,10 +139,12 @@ class JobError(DelineateError):
     """An attempt failed. The message is shown to the user, so it says what they can do.
 
     `error_class` is one of `delineate.job.ErrorClass`' values and decides about retries.
+    `advice` is added once nothing is tried by itself any more.
     """
 
     error_class: ClassVar[str] = "internal"
     code: ClassVar[str] = "internal_error"
+    advice: ClassVar[str] = ""
 
 
 class FilesMissing(JobError):
@@ -170,14 +172,17 @@ class ArchiveTooLarge(JobError):
 
 class SourceChanged(JobError):
     error_class, code = "network", "source_changed"
+    advice = "Retry the export when the file is no longer written to."
 
 
 class StorageTimeout(JobError):
     error_class, code = "timeout", "storage_timeout"
+    advice = "Retry the export in a few minutes."
 
 
 class StorageUnavailable(JobError):
     error_class, code = "network", "storage_unavailable"
+    advice = "Retry the export in a few minutes."
 
 
 class JobTimeout(JobError):

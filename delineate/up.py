@@ -30,7 +30,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from delineate.config import ApiConfig, Config, find_conf_dir, load_config, read_environment
-from delineate.embedded import redis_conf, redis_file_command, s3_command, s3_environment
+from delineate.embedded import (
+    drop_unfinished_uploads,
+    redis_conf,
+    redis_file_command,
+    s3_command,
+    s3_environment,
+)
 from delineate.errors import ConfigError, JobError, StartupError
 from delineate.home import DEFAULT_HOME, Home, open_home, port_is_free
 from delineate.restart import supervisor_at
@@ -64,6 +70,8 @@ def run_embedded() -> int:
                 f"port {config.api.port} is in use on {config.api.host}; stop what listens there, or choose another: "
                 f"DELINEATE_PORT={config.api.port + 1} make run"
             )
+        if environ["DELINEATE_EMBEDDED_S3"] == "true":
+            drop_unfinished_uploads(home.path / "s3" / config.storage.archive_bucket)
         _allow_many_open_files()
         adopt_orphans()
         return asyncio.run(_Run(home, environ, config, sock).until_stopped())

@@ -161,6 +161,7 @@ BAD_ENVIRONMENT: list[tuple[dict[str, str], list[str]]] = [
     ({"DELINEATE__STORAGE__SOURCE_BUCKET": "Bad_Name"}, ["storage.source_bucket", "'Bad_Name'"]),
     ({"DELINEATE__STORAGE__ADDRESSING_STYLE": "fancy"}, ["storage.addressing_style", "'fancy'"]),
     ({"DELINEATE__QUEUE__DEAD_AFTER": "1"}, ["queue.dead_after", "1", "twice queue.heartbeat"]),
+    ({"DELINEATE__STORAGE__ORPHAN_AGE": "60"}, ["storage.orphan_age", "60", "worker.job_timeout"]),
     ({"DELINEATE__PROCESSING__SIMULATED_DELAY__MIN": "99"}, ["processing.simulated_delay.min", "99"]),
     ({"DELINEATE__REDIS__SENTINELS": "s1.example"}, ["redis.sentinels", "'s1.example'", "sentinel1.example.org:26379"]),
     ({"DELINEATE__REDIS__SENTINELS": "s1.example:0"}, ["redis.sentinels", "'s1.example:0'"]),

@@ -19,22 +19,28 @@ async def raise_first_failure(work: Awaitable[None]) -> None:
     first are only its echo. A cancel from outside wins over failures it caused.
     """
     cancels = _cancels_of_this_task()
-    failure: BaseException | None = None
-    try:
-        await work
-    except BaseExceptionGroup as group:
-        failure = group.exceptions[0]
-        # Before Python 3.13 TaskGroup leaves a cycle of the group and its traceback, whose frames hold every buffer.
-        group.__traceback__ = None
-    if failure is None:
-        return
+    # In a task of its own: before Python 3.13 a TaskGroup cancels its task when it fails while it waits for its end,
+    # and leaves that cancel counted, so that nobody can tell it from one that came from outside.
+    # Source: https://docs.python.org/3/whatsnew/3.13.html#asyncio
+    failure = await asyncio.create_task(_first_failure(work))
     try:
         if _cancels_of_this_task() > cancels:
             raise asyncio.CancelledError
-        # Outside the except block, which would replace the failure's own context by the group.
-        raise failure
+        if failure is not None:
+            raise failure
     finally:
-        del failure  # the traceback refers to this frame: such a cycle too
+        del failure  # the traceback refers to this frame: a cycle, whose frames hold every buffer
+
+
+async def _first_failure(work: Awaitable[None]) -> BaseException | None:
+    """Returned and not raised: the task would keep the traceback, and with it itself."""
+    try:
+        await work
+    except BaseExceptionGroup as group:
+        # Before Python 3.13 TaskGroup leaves a cycle of the group and its traceback.
+        group.__traceback__ = None
+        return group.exceptions[0]
+    return None
 
 
 def never_cancelled_alone(

@@ -1,8 +1,9 @@
 """Everything S3: the files that jobs read, the archives they write, and the links that clients get."""
 
 from delineate.storage.answers import ObjectInfo
+from delineate.storage.archives import UnfinishedUpload
 from delineate.storage.buckets import wait_for_storage
 from delineate.storage.sources import Probe
 from delineate.storage.storage import Storage, open_storage
 
-__all__ = ["ObjectInfo", "Probe", "Storage", "open_storage", "wait_for_storage"]
+__all__ = ["ObjectInfo", "Probe", "Storage", "UnfinishedUpload", "open_storage", "wait_for_storage"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from delineate.errors import JobError, StorageUnavailable
 from delineate.storage.address import object_url
@@ -11,6 +11,9 @@ from delineate.storage.answers import ObjectInfo
 from delineate.storage.connection import Connected
 from delineate.storage.faults import FAILURES, refusal_of, translate
 from delineate.storage.names import content_disposition
+
+if TYPE_CHECKING:
+    from types_aiobotocore_s3.type_defs import ListMultipartUploadsRequestTypeDef
 
 _ZIP = "application/zip"
 _UPLOADING = "while the archive was stored"
@@ -24,6 +27,14 @@ class StoredPart(NamedTuple):
     size: int
 
 
+class UnfinishedUpload(NamedTuple):
+    """An upload that was neither completed nor aborted; `initiated` is Unix seconds by the clock of the store."""
+
+    key: str
+    upload_id: str
+    initiated: float
+
+
 class Archives(Connected):
     async def put_archive(self, key: str, body: memoryview, filename: str) -> None:
         """Store a whole archive with one request. Raises JobError."""
@@ -34,8 +45,8 @@ class Archives(Connected):
     async def start_upload(self, key: str, filename: str) -> str:
         """Begin a multipart upload and return its id. Raises JobError.
 
-        A try whose answer was lost leaves an upload without parts behind; the bucket's
-        lifecycle rule removes it.
+        A try whose answer was lost leaves an upload without parts behind, which
+        nobody but `list_uploads` knows of.
         """
         answer = await self._repeat(
             lambda: self._store.client.create_multipart_upload(
@@ -79,7 +90,12 @@ class Archives(Connected):
             )
         except JobError as error:
             failure = error
-        found = await self.stat_archive(key)
+        try:
+            found = await self.stat_archive(key)
+        except JobError:
+            if failure is not None:
+                raise failure from failure.__cause__  # it says more: an answer to HEAD has no words
+            raise
         if found is not None and found.size == size:
             return
         if failure is not None:
@@ -133,6 +149,39 @@ class Archives(Connected):
             "while an archive was deleted",
         )
 
+    async def list_uploads(self) -> list[UnfinishedUpload] | None:
+        """Every unfinished upload under `storage.archive_prefix`; None if the store cannot list them. Raises JobError.
+
+        Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListMultipartUploads.html
+        """
+        config = self._store.config
+
+        async def every_page() -> list[UnfinishedUpload] | None:
+            uploads: list[UnfinishedUpload] = []
+            page: ListMultipartUploadsRequestTypeDef = {
+                "Bucket": config.archive_bucket,
+                "Prefix": config.archive_prefix,
+            }
+            while True:
+                try:
+                    answer = await self._store.client.list_multipart_uploads(**page)
+                except FAILURES as error:
+                    if _is_unsupported(error):
+                        return None
+                    if _is_unknown_upload(error):
+                        return uploads  # rclone's words for none at all
+                    raise
+                uploads += [
+                    UnfinishedUpload(found["Key"], found["UploadId"], found["Initiated"].timestamp())
+                    for found in answer.get("Uploads", [])
+                ]
+                if not answer.get("IsTruncated"):
+                    return uploads
+                page["KeyMarker"] = answer["NextKeyMarker"]
+                page["UploadIdMarker"] = answer["NextUploadIdMarker"]
+
+        return await self._repeat(every_page, "while unfinished uploads were listed")
+
     async def stat_archive(self, key: str) -> ObjectInfo | None:
         """Describe an archive; None if there is none under `key`. Raises JobError."""
         return await self._stat(object_url(self._store.archives_url, key), "while the archive was checked")
@@ -159,3 +208,8 @@ def _is_unknown_upload(error: Exception) -> bool:
     return refusal is not None and (
         refusal.code == "NoSuchUpload" or (refusal.status == 404 and refusal.code != "NoSuchBucket")
     )
+
+
+def _is_unsupported(error: Exception) -> bool:
+    refusal = refusal_of(error)
+    return refusal is not None and (refusal.status in (405, 501) or refusal.code == "NotImplemented")

@@ -160,7 +160,7 @@ def _check_is(response: aiohttp.ClientResponse, file: SourceFile, start: int, le
 
 
 def _changed(file: SourceFile) -> SourceChanged:
-    return SourceChanged(f"File {file.file_id} changed while it was packed. The export starts over by itself.")
+    return SourceChanged(f"File {file.file_id} changed while it was packed.")
 
 
 async def _probed(response: aiohttp.ClientResponse, file_id: int, key: str, probe_bytes: int) -> Probe:

@@ -87,7 +87,10 @@ class Attempt:
             await self._fail(error, started)
         except LeaseLost:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            # One that nobody asked for is a bug too: taken for a drain's, it would hand the job back, for ever.
+            if isinstance(error, asyncio.CancelledError) and self.task.cancelling():
+                raise
             log.exception("a bug ended an attempt", extra=self._extra())
             await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."), started)
         else:
@@ -101,8 +104,11 @@ class Attempt:
         policy = RetryPolicy(
             attempts=config.attempts, backoff_seconds=config.backoff, internal_attempts=config.internal_attempts
         )
-        failure = Failure(code=error.code, error_class=ErrorClass(error.error_class), message=str(error))
-        delay = policy.delay_before_next(failure.error_class, lease.job.attempts)
+        error_class = ErrorClass(error.error_class)
+        delay = policy.delay_before_next(error_class, lease.job.attempts)
+        # Advice belongs to the end: while we try again ourselves the user need not.
+        message = str(error) if delay is not None else f"{error} {error.advice}".rstrip()
+        failure = Failure(code=error.code, error_class=error_class, message=message)
         cause = f"{error} {error.__cause__ or ''}".strip()
         if delay is None:
             self._log(logging.WARNING, "job failed", code=error.code, cause=cause)

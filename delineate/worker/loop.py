@@ -76,16 +76,17 @@ class Worker:
         """Work until `stop` is set, then drain. Raises StartupError if Redis may evict keys."""
         if not await self._join(stop):
             return
-        janitor = Janitor(self._queue, self._storage, self._config.queue)
+        janitor = Janitor(self._queue, self._storage, self._config)
         async with (
             beside(self._heartbeat_forever()) as heartbeat,
             beside(self._listen_forever()) as listening,
             beside(janitor.run()) as tidying,
             beside(janitor.abort_uploads_forever()) as aborting,
+            beside(janitor.abort_orphans_forever()) as looking,
         ):
             async with beside(self._fetch_forever()) as fetching, beside(stop.wait()) as stopped:
                 # None of the loops ends by itself: one that does has a bug, and the process must not go on without it.
-                loops = {fetching, heartbeat, listening, tidying, aborting}
+                loops = {fetching, heartbeat, listening, tidying, aborting, looking}
                 with ready(ready_file):
                     await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
             await self._return_unclaimed()

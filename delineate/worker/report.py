@@ -58,6 +58,11 @@ def planning(done: int, total: int) -> Progress:
     return Progress(percent=0, current_file=0, stage=Stage.PLANNING, message=f"Looked up {done} of {total} files")
 
 
+def waiting_for_store() -> Progress:
+    """What a job shows while the store is away; the numbers stay where they were, since they never go back."""
+    return Progress(percent=0, current_file=0, stage=Stage.PLANNING, message="Waiting for the file store to come back")
+
+
 class PackingProgress:
     """Turns the builder's counts into progress; skipped files count as done, since nothing is left to do for them."""
 

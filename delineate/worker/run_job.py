@@ -5,6 +5,10 @@
     build     parts are fetched, checksummed and uploaded side by side
     check     the archive in the store must have the planned size
 
+A store that is away is waited for here: every job needs it, so the slot is no
+loss, and an outage of a minute costs neither attempts nor anybody's patience
+(the attempts' own pauses, 5 s and 10 s, would be over in a quarter of that).
+
 Nothing under the archive's key is visible before the build is complete.
 Whether the result counts is decided afterwards by the finish transition.
 """
@@ -18,11 +22,18 @@ import random
 from delineate.archive.build import build_archive
 from delineate.archive.plan import ArchivePlan, plan_archive
 from delineate.config import ArchiveConfig, Config
-from delineate.errors import FilesMissing, JobTimeout, SourceChanged, StorageUnavailable
+from delineate.errors import (
+    BucketMissing,
+    FilesMissing,
+    JobTimeout,
+    SourceChanged,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from delineate.job import ArchiveResult, Job
 from delineate.storage import Storage
 from delineate.worker.files import Files
-from delineate.worker.report import PackingProgress, Report
+from delineate.worker.report import PackingProgress, Report, waiting_for_store
 from delineate.worker.upload import ArchiveUpload
 
 log = logging.getLogger(__name__)
@@ -37,23 +48,55 @@ async def run_job(job: Job, storage: Storage, config: Config, upload: ArchiveUpl
     `upload` is this attempt's part in the job's multipart upload, which outlives the attempt.
     Raises JobError; its `error_class` says whether another attempt makes sense. Raises LeaseLost.
     """
+    away = False
     try:
         async with asyncio.timeout(config.worker.job_timeout) as limit:
             await _simulated_delay(config)
-            for plans_left in reversed(range(MAX_PLANS)):
+            plans_left = MAX_PLANS
+            while True:
                 try:
                     return await _run(job, storage, config, upload, report)
                 except SourceChanged as error:
+                    plans_left -= 1
                     if not plans_left:
                         raise
                     log.info("planning anew: %s", error, extra={"context": {"jobId": job.id}})
-            raise AssertionError("unreachable")
+                except (StorageUnavailable, StorageTimeout):
+                    away = True
+                    if not await _outlasted(storage, job, report):
+                        raise
+                    away = False
     except TimeoutError as error:
         if not limit.expired():
             raise
+        seconds = f"{config.worker.job_timeout:.0f} s"
+        if away:
+            raise StorageUnavailable(f"The file store was away, and did not come back within {seconds}.") from error
         raise JobTimeout(
-            f"The archive was not ready within {config.worker.job_timeout:.0f} s. Ask for fewer or smaller files."
+            f"The archive was not ready within {seconds}. Ask for fewer or smaller files, "
+            "or retry later if the file store was slow."
         ) from error
+
+
+async def _outlasted(storage: Storage, job: Job, report: Report) -> bool:
+    """Wait until the store answers again; False if it answers at once, so that the fault was not an outage.
+
+    Raises AccessRefused if that is its answer.
+    """
+    pauses = 0
+    while True:
+        try:
+            await storage.check()
+        except (StorageUnavailable, StorageTimeout) as error:
+            if not pauses:
+                log.warning("the job waits for the S3 store: %s", error, extra={"context": {"jobId": job.id}})
+            report(waiting_for_store())
+            await asyncio.sleep(min(5.0, 0.5 * 2**pauses) * random.uniform(0.5, 1))
+            pauses += 1
+        except BucketMissing:
+            return False  # only an operator can help; the failure at hand says so
+        else:
+            return pauses > 0
 
 
 async def _run(job: Job, storage: Storage, config: Config, upload: ArchiveUpload, report: Report) -> ArchiveResult:

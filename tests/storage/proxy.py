@@ -29,6 +29,22 @@ class Exchange:
         self._upstream = upstream
         self._writer = writer
 
+    @property
+    def operation(self) -> str:
+        """S3's name of what is asked for."""
+        query = self.target.partition("?")[2]
+        kind = next((name for name in ("partNumber", "uploadId", "uploads") if name in query), "")
+        return {
+            ("PUT", "partNumber"): "UploadPart",
+            ("PUT", ""): "PutObject",
+            ("GET", ""): "GetObject",
+            ("GET", "uploadId"): "ListParts",
+            ("GET", "uploads"): "ListMultipartUploads",
+            ("POST", "uploads"): "CreateMultipartUpload",
+            ("POST", "uploadId"): "CompleteMultipartUpload",
+            ("DELETE", "uploadId"): "AbortMultipartUpload",
+        }.get((self.method, kind), self.method)
+
     def header(self, name: str) -> str | None:
         match = re.search(rf"\r\n{name}: *([^\r]*)".encode(), self.head, re.IGNORECASE)
         return match[1].decode() if match else None
@@ -117,20 +133,29 @@ def rewrites(pattern: bytes, replacement: bytes) -> Fault:
 
 
 class FaultyProxy:
-    """`requests` is every Exchange seen so far."""
+    """`requests` is every Exchange seen so far. `kind` is a method, or the name of an S3 operation."""
 
     def __init__(self, upstream: int) -> None:
         self._upstream = upstream
         self._faults: list[tuple[str, Fault]] = []
+        self._standing: list[tuple[Callable[[Exchange], bool], Fault]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.requests: list[Exchange] = []
 
-    def fail(self, method: str, *faults: Fault) -> None:
-        """Let the next requests of `method` meet `faults`, one each; later ones pass."""
-        self._faults += [(method, fault) for fault in faults]
+    def fail(self, kind: str, *faults: Fault) -> None:
+        """Let the next requests of `kind` meet `faults`, one each; later ones pass."""
+        self._faults += [(kind, fault) for fault in faults]
 
-    def seen(self, method: str) -> list[Exchange]:
-        return [exchange for exchange in self.requests if exchange.method == method]
+    def fail_while(self, applies: Callable[[Exchange], bool], fault: Fault) -> None:
+        """Let every request that `applies` says so of meet `fault`, until `heal`."""
+        self._standing.append((applies, fault))
+
+    def heal(self) -> None:
+        self._faults.clear()
+        self._standing.clear()
+
+    def seen(self, kind: str) -> list[Exchange]:
+        return [exchange for exchange in self.requests if kind in (exchange.method, exchange.operation)]
 
     async def __aenter__(self) -> FaultyProxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -156,16 +181,16 @@ class FaultyProxy:
             # Connection: close, so that the client does not send a second request here.
             exchange = Exchange(head, body, self._upstream, writer)
             self.requests.append(exchange)
-            await self._fault_for(exchange.method)(exchange)
+            await self._fault_for(exchange)(exchange)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client left, which is its right
         finally:
             self._tasks.discard(task)
             writer.close()
 
-    def _fault_for(self, method: str) -> Fault:
+    def _fault_for(self, exchange: Exchange) -> Fault:
         for index, (wanted, fault) in enumerate(self._faults):
-            if wanted == method:
+            if wanted in (exchange.method, exchange.operation):
                 del self._faults[index]
                 return fault
-        return passes
+        return next((fault for applies, fault in self._standing if applies(exchange)), passes)

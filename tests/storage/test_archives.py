@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import aiohttp
 import pytest
@@ -76,6 +77,57 @@ async def test_every_page_of_parts_is_listed(rclone: StorageConfig) -> None:
         await storage.abort_upload(key, upload_id)
 
 
+async def test_unfinished_uploads_are_listed_until_they_are_ended(store: StorageConfig) -> None:
+    key = key_in(store)
+    async with open_storage(store) as storage:
+        await storage.prepare_buckets()
+        assert await storage.list_uploads() == []
+        upload_id, parts = await upload(storage, key)
+        given_up = await storage.start_upload(key + "2", NAME)
+        elsewhere = await storage.start_upload("other/x.zip", NAME)
+        listed = await storage.list_uploads()
+        assert listed is not None
+        assert {(found.key, found.upload_id) for found in listed} == {(key, upload_id), (key + "2", given_up)}
+        await storage.complete_upload(key, upload_id, parts, len(PART) + len(LAST))
+        await storage.abort_upload(key + "2", given_up)
+        assert await storage.list_uploads() == []
+        await storage.abort_upload("other/x.zip", elsewhere)
+
+
+async def test_every_page_of_unfinished_uploads_is_listed(rclone: StorageConfig) -> None:
+    key = key_in(rclone)
+    async with open_storage(rclone) as storage:
+        # A page has 1,000, and rclone refuses to keep so many.
+        def two(params: dict[str, object], **_: object) -> None:
+            params["MaxUploads"] = 2
+
+        storage._store.client.meta.events.register("provide-client-params.s3.ListMultipartUploads", two)
+        await storage.prepare_buckets()
+        begun = [await storage.start_upload(f"{key}{number // 3}", NAME) for number in range(7)]
+        listed = await storage.list_uploads()
+        assert listed is not None
+        assert sorted(found.upload_id for found in listed) == sorted(begun)
+        assert all(abs(time.time() - found.initiated) < 10 for found in listed)
+        for found in listed:
+            await storage.abort_upload(found.key, found.upload_id)
+
+
+async def test_uploads_are_not_listed_by_a_store_that_cannot(proxied: Proxied) -> None:
+    async with proxied() as (proxy, config), open_storage(config) as storage:
+        for refusal in (
+            answers(501, "NotImplemented"),
+            answers(405, "MethodNotAllowed"),
+            answers(400, "NotImplemented"),
+        ):
+            proxy.fail("ListMultipartUploads", refusal)
+            assert await storage.list_uploads() is None
+        proxy.fail("ListMultipartUploads", answers(503, "SlowDown"))
+        assert await storage.list_uploads() == []
+        proxy.fail("ListMultipartUploads", answers(403, "AccessDenied"))
+        with pytest.raises(AccessRefused):
+            await storage.list_uploads()
+
+
 async def test_part_that_failed_is_sent_again_whole(proxied: Proxied) -> None:
     async with proxied() as (proxy, config), open_storage(config) as storage:
         key = key_in(config)
@@ -102,6 +154,17 @@ async def test_completion_with_a_lost_answer_is_a_success(proxied: Proxied) -> N
         before = len(proxy.seen("POST"))
         await storage.complete_upload(key, upload_id, parts, len(PART) + len(LAST))
         assert len(proxy.seen("POST")) - before == 2  # the second one got NoSuchUpload
+
+
+async def test_completion_that_is_refused_says_why(proxied: Proxied) -> None:
+    async with proxied() as (proxy, config), open_storage(config) as storage:
+        key = key_in(config)
+        upload_id, parts = await upload(storage, key)
+        proxy.fail("POST", answers(403, "InvalidAccessKeyId"))
+        proxy.fail("HEAD", answers(403))
+        with pytest.raises(AccessRefused, match=r"storage\.access_key_id"):
+            await storage.complete_upload(key, upload_id, parts, len(PART) + len(LAST))
+        await storage.abort_upload(key, upload_id)
 
 
 async def test_completion_that_failed_after_status_200_is_tried_again(proxied: Proxied) -> None:

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from delineate.config import Config
-from delineate.embedded import redis_command, s3_command, s3_environment
+from delineate.embedded import redis_command
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Queue, open_queue
 from delineate.queue.progress import open_job_events
@@ -263,29 +263,19 @@ async def test_three_jobs_run_at_once_and_the_fourth_waits(config: Config) -> No
             assert (await b.ended(job_id)).status == JobStatus.COMPLETED
 
 
-async def test_a_store_that_is_away_costs_an_attempt_and_the_job_completes(config: Config, tmp_path: Path) -> None:
-    port = free_port()
-    for bucket in ("files", "archives"):
-        (tmp_path / "data" / bucket).mkdir(parents=True)
-    environment = s3_environment(ACCESS_KEY, SECRET_KEY)
-    store = ServerProcess(s3_command(tmp_path / "data", port), port, tmp_path / "log", environment)
-    store.start()
-    try:
-        config = replace(config, storage=replace(config.storage, endpoint_url=f"http://127.0.0.1:{port}"))
-        async with bench(config) as b, working(b):
-            await b.put(70000, 10)
-            store.stop()
-            job_id = await b.export(70000)
-            failed = await b.until(job_id, lambda job: job.failure is not None)
-            assert failed.failure is not None
-            assert failed.failure.code == "storage_unavailable"
-            await asyncio.to_thread(store.start)
-            job = await b.ended(job_id)
-            assert job.status == JobStatus.COMPLETED
-            assert job.failure is None
-            assert job.attempts > 1
-    finally:
-        store.stop()
+async def test_a_cancel_that_nobody_asked_for_is_a_bug_and_no_reason_to_start_over_for_ever(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(config) as b:
+
+        async def probe(file_id: int, probe_bytes: int) -> None:
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(b.storage, "probe", probe)
+        async with working(b):
+            job = await b.ended(await b.export(70000))
+        assert job.failure is not None
+        assert (job.status, job.failure.code, job.attempts) == (JobStatus.FAILED, "internal_error", 2)
 
 
 async def test_a_restart_of_redis_does_not_disturb_a_running_job(config: Config, tmp_path: Path) -> None:
