@@ -24,9 +24,18 @@ from delineate.errors import ConfigError
 
 ENVIRONMENTS = ("development", "production", "test")
 PREFIX = "DELINEATE__"
-SECRET_KEYS = frozenset({"redis.password", "redis.url", "storage.secret_access_key", "storage.access_key_id"})
+SECRET_KEYS = frozenset(
+    {
+        "redis.password",
+        "redis.sentinel_password",
+        "redis.url",
+        "storage.secret_access_key",
+        "storage.access_key_id",
+    }
+)
 MAX_SECRET_FILE_BYTES = 65536
 ORIGIN = re.compile(r"https?://[^/?#@\s]+")
+ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})")
 
 # Upper bounds keep a slip of the keyboard (or .inf) from disabling a limit.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000, description="seconds above 0")]
@@ -71,6 +80,9 @@ class SseConfig(Section, frozen=True, kw_only=True):
 class RedisConfig(Section, frozen=True, kw_only=True):
     url: Name
     password: str
+    sentinels: tuple[str, ...]
+    sentinel_master: Name
+    sentinel_password: str
     prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
     operation_timeout: Seconds
     connect_timeout: Seconds
@@ -78,7 +90,9 @@ class RedisConfig(Section, frozen=True, kw_only=True):
 
 
 class QueueConfig(Section, frozen=True, kw_only=True):
+    durability: Literal["everysec", "always"]
     max_waiting: Count
+    max_waiting_of_user: Count
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     internal_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)]
     backoff: Seconds
@@ -220,6 +234,14 @@ def find_conf_dir(environ: Mapping[str, str]) -> Path:
         return Path(named)
     here = Path("conf")
     return here if (here / "base.yml").is_file() else Path(__file__).resolve().parent.parent / "conf"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`; an IPv6 host is in brackets. Raises ValueError."""
+    found = ADDRESS.fullmatch(address)
+    if found is None or not 0 < int(found[3]) < 65_536:
+        raise ValueError(address)
+    return found[1] or found[2], int(found[3])
 
 
 def keys() -> list[str]:
@@ -394,6 +416,14 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
             f"{places.get('redis.url', 'conf/base.yml')}: redis.url: (hidden) is not allowed, "
             "expected a URL that starts with redis://, rediss:// or unix://"
         )
+    if config.redis.sentinels and _scheme(config.redis.url) == "unix":
+        raise refuse("redis.sentinels", config.redis.sentinels, "nothing when redis.url is a unix socket")
+    for address in config.redis.sentinels:
+        try:
+            split_address(address)
+        except ValueError:
+            shown = re.sub(r".*@", "(hidden)@", address)
+            raise refuse("redis.sentinels", shown, "addresses such as sentinel1.example.org:26379") from None
     for key in ("storage.endpoint_url", "storage.public_endpoint_url"):
         url = _get(msgspec.to_builtins(config), key)
         if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):

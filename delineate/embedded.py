@@ -54,19 +54,19 @@ def redis_file_command(conf: Path) -> list[str]:
     return [find_redis(), str(conf)]
 
 
-def redis_conf(folder: Path, port: int, password: str) -> str:
-    """The same settings and a password as text for a redis.conf, which keeps the password out of `ps`."""
-    settings = (*_redis_settings(folder, port), ("loglevel", "warning"), ("requirepass", password))
+def redis_conf(folder: Path, port: int, password: str, durability: str) -> str:
+    """The same settings with `queue.durability`, and a password, as text for a redis.conf: `ps` shows none of it."""
+    settings = (*_redis_settings(folder, port, durability), ("loglevel", "warning"), ("requirepass", password))
     return "".join(f"{name} {' '.join(_quoted(value) for value in values)}\n" for name, *values in settings)
 
 
-def _redis_settings(folder: Path, port: int) -> tuple[tuple[str, ...], ...]:
+def _redis_settings(folder: Path, port: int, durability: str = "everysec") -> tuple[tuple[str, ...], ...]:
     return (
         ("port", str(port)),
         ("bind", "127.0.0.1"),
         ("dir", str(folder)),
         ("appendonly", "yes"),
-        ("appendfsync", "everysec"),
+        ("appendfsync", durability),
         ("maxmemory-policy", "noeviction"),
         ("save", "300", "1"),
         ("daemonize", "no"),

@@ -11,11 +11,13 @@ DelineateError
  |   |- JobNotReady            409  no archive to download yet, or never
  |   |- JobFinished            409  too late to cancel
  |   |- JobNotRetryable        409  only failed and cancelled jobs go back
+ |   |- JobUnfinished          409  only ended jobs can be purged
  |   |- ArchiveExpired         410
  |   |- BodyTooLarge           413
  |   |- WrongContentType       415
  |   |- IdempotencyConflict    422  same key, other body
  |   |- RateLimited            429  with retry_after
+ |   |- TooManyJobs            429  with retry_after: this caller has enough jobs in line
  |   '- QueueFull              503  with retry_after
  |- JobError                   an attempt at a job failed; `error_class` says whether it is tried again
  |   |- FilesMissing           not_found: never again
@@ -27,6 +29,7 @@ DelineateError
  |   |- JobTimeout             timeout: again, with backoff
  |   '- InternalError          internal: once more, and logged as an alert
  |- QueueUnavailable           the caller waits and repeats; a client sees 503 with Retry-After
+ |- QueuePaused                the worker waits: an operator wants no job to be claimed
  |- LeaseLost                  nobody acts: another worker, or a cancel, owns the job now
  '- OperatorError              the operator acts; printed as one line, exit code 2
      |- ConfigError            what, where and what is allowed
@@ -100,6 +103,10 @@ class JobNotRetryable(RequestError):
     status, default_code = 409, "job_not_retryable"
 
 
+class JobUnfinished(RequestError):
+    status, default_code = 409, "job_unfinished"
+
+
 class ArchiveExpired(RequestError):
     status, default_code = 410, "archive_expired"
 
@@ -118,6 +125,10 @@ class IdempotencyConflict(RequestError):
 
 class RateLimited(RequestError):
     status, default_code = 429, "rate_limited"
+
+
+class TooManyJobs(RequestError):
+    status, default_code = 429, "too_many_jobs"
 
 
 class QueueFull(RequestError):
@@ -179,6 +190,10 @@ class InternalError(JobError):
 
 class QueueUnavailable(DelineateError):
     """Redis could not be reached, or did not answer in time, or cannot take writes now."""
+
+
+class QueuePaused(DelineateError):
+    """Waiting jobs are not given out until an operator resumes the queue."""
 
 
 class LeaseLost(DelineateError):

@@ -53,11 +53,11 @@ def run_embedded() -> int:
     StartupError after it has been stopped again because it did not come up.
     """
     environ = _with_port(read_environment())
-    load_config(environ)
+    config = load_config(environ)
     if not SUPERVISORD_CONF.is_file():
         raise StartupError(f"{SUPERVISORD_CONF} is missing; run it from a checkout of delineate")
     with open_home(Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()) as home, _socket(home) as sock:
-        environ = embedded_environment(home, environ, sock)
+        environ = embedded_environment(home, environ, sock, config)
         config = load_config(environ)
         if not port_is_free(config.api.host, config.api.port):
             raise StartupError(
@@ -69,13 +69,13 @@ def run_embedded() -> int:
         return asyncio.run(_Run(home, environ, config, sock).until_stopped())
 
 
-def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> dict[str, str]:
+def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, config: Config) -> dict[str, str]:
     """The environment of everything that is started: `given`, and what points it at `home` and the two servers.
 
     What `given` says about Redis or S3 is left alone; the embedded server is then not started.
     """
     settings = home.settings
-    own_redis = not any(name.startswith("DELINEATE__REDIS__URL") for name in given)
+    own_redis = not config.redis.sentinels and not any(name.startswith("DELINEATE__REDIS__URL") for name in given)
     own_s3 = not any(name.startswith("DELINEATE__STORAGE__ENDPOINT_URL") for name in given)
     # RCLONE_* would change the embedded S3 server in ways that nobody tested.
     environ = {name: value for name, value in given.items() if not name.startswith("RCLONE_")}
@@ -110,7 +110,9 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path) -> di
         environ[name] = ",".join(filter(None, (environ.get(name), "127.0.0.1", "localhost")))
     if own_redis:
         folder = home.path / "redis"
-        file = home.write_redis_conf(redis_conf(folder, settings.redis_port, settings.redis_password))
+        file = home.write_redis_conf(
+            redis_conf(folder, settings.redis_port, settings.redis_password, config.queue.durability)
+        )
         environ["DELINEATE_REDIS_COMMAND"] = shlex.join(redis_file_command(file))
         environ["DELINEATE__REDIS__URL"] = f"redis://127.0.0.1:{settings.redis_port}/0"
         environ["DELINEATE__REDIS__PASSWORD"] = settings.redis_password

@@ -175,13 +175,15 @@ class _Build:
     async def run(self, fetch_concurrency: int) -> None:
         missing = [number for number in range(1, self._plan.part_count + 1) if number not in self.receipts]
         async with asyncio.TaskGroup() as group:
-            for _ in range(fetch_concurrency):
-                group.create_task(self._fetch())
+            tasks = [group.create_task(self._fetch()) for _ in range(fetch_concurrency)]
             for number in missing:
                 await self._slots.acquire()
-                group.create_task(self._finish(self._admit(number)))
+                tasks.append(group.create_task(self._finish(self._admit(number))))
             for _ in range(fetch_concurrency):
                 self._reads.put_nowait(None)
+            # In the block, not at its end: there TaskGroup cancels this task when another fails and, before
+            # Python 3.13, never takes that back, which would look like a cancel from outside.
+            await asyncio.wait(tasks)
 
     def _admit(self, number: int) -> _Part:
         """Give part `number` a buffer and line up its reads; the caller has acquired its slot."""

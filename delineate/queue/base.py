@@ -9,10 +9,12 @@ does not know.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from delineate.config import Config
 from delineate.errors import QueueUnavailable, StartupError
@@ -23,6 +25,11 @@ from delineate.queue.record import parse_job
 from delineate.queue.scripts import Hash, Scripts
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+# With these a reply to a write means that it is on disk.
+_ALWAYS = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
 
 
 class Connected:
@@ -42,7 +49,7 @@ class Connected:
         return parse_job(fields, job_id)
 
     async def check_server(self) -> None:
-        """See that Redis keeps what it is given. Raises StartupError if it may evict keys."""
+        """See that Redis keeps what it is given. Raises StartupError if it may evict keys, or breaks the durability."""
         memory = await self._repeat(
             "looking at Redis", lambda: cast(Awaitable[dict[str, object]], self._commands.info("memory"))
         )
@@ -52,6 +59,43 @@ class Connected:
                 f"this Redis evicts keys when memory is short (maxmemory-policy {policy}), accepted jobs too; "
                 "set maxmemory-policy to noeviction"
             )
+        await self._check_durability()
+
+    async def _check_durability(self) -> None:
+        settings = await self._repeat("looking at Redis", self._append_settings)
+        if self._config.queue.durability == "always":
+            if settings is None:
+                raise StartupError(
+                    "queue.durability is always, which cannot be verified: this Redis does not allow CONFIG GET; "
+                    "allow it, or set queue.durability to everysec"
+                )
+            wrong = [name for name, value in _ALWAYS.items() if settings.get(name) != value]
+            if wrong:
+                raise StartupError(
+                    f"queue.durability is always, but this Redis has {_listed(wrong, settings)}; "
+                    f"set {_listed(wrong, _ALWAYS)} there, or queue.durability to everysec"
+                )
+            return
+        persistence = await self._repeat(
+            "looking at Redis", lambda: cast(Awaitable[dict[str, object]], self._commands.info("persistence"))
+        )
+        if persistence.get("aof_enabled") != 1:
+            _log.warning(
+                "this Redis has appendonly no: a crash of it loses every accepted job since its last snapshot, "
+                "or all of them if it makes none; set appendonly to yes"
+            )
+        elif settings is not None and settings.get("appendfsync") == "no":
+            _log.warning(
+                "this Redis has appendfsync no: a crash of its machine may lose the jobs accepted in the last "
+                "30 seconds; set appendfsync to everysec"
+            )
+
+    async def _append_settings(self) -> dict[str, str] | None:
+        """None if this server does not tell, as many managed ones do not."""
+        try:
+            return cast(dict[str, str], await self._commands.config_get("*append*"))
+        except ResponseError:
+            return None
 
     async def _repeat(self, doing: str, call: Callable[[], Awaitable[T]]) -> T:
         """`call`, which is safe to repeat, until it answers or `redis.operation_timeout` is over.
@@ -73,3 +117,7 @@ class Connected:
                         await asyncio.sleep(wait)
         except TimeoutError as error:
             raise QueueUnavailable(f"{doing}: Redis did not answer in time") from error
+
+
+def _listed(names: list[str], values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {values.get(name, '(unknown)')}" for name in names)

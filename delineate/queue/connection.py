@@ -7,8 +7,10 @@ was lost and so orphan a job. Who may repeat what is decided in queue.py.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import redis.exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -17,6 +19,7 @@ from redis.backoff import NoBackoff
 
 from delineate.config import RedisConfig
 from delineate.errors import QueueUnavailable
+from delineate.queue.sentinels import master_pool
 
 _CANNOT_SERVE = (
     redis.exceptions.AuthenticationError,
@@ -27,7 +30,8 @@ _CANNOT_SERVE = (
     redis.exceptions.ClusterDownError,
 )
 # redis-py has no class of its own for these (UNBLOCKED: a failover ended a blocking command); https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
-_CANNOT_SERVE_CODES = ("MISCONF", "MASTERDOWN", "BUSY", "LOADING", "NOREPLICAS", "READONLY", "OOM", "UNBLOCKED")
+# Redis 6 wraps what a script meets: "ERR Error running script (...): -OOM command not allowed ...".
+_CANNOT_SERVE_CODES = re.compile(r"(?:^|: -)(?:MISCONF|MASTERDOWN|BUSY|LOADING|NOREPLICAS|READONLY|OOM|UNBLOCKED)\b")
 
 
 def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis:
@@ -36,23 +40,24 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
     `reply_timeout` seconds to wait for one reply instead of `operation_timeout`:
     a blocking command needs its own waiting time and some more.
     """
-    # One that lets a burst wait for a connection: the default pool would answer it with an error.
-    pool = BlockingConnectionPool.from_url(
-        config.url,
-        timeout=config.operation_timeout,
+    options: dict[str, Any] = {
+        "timeout": config.operation_timeout,
         # None leaves a password that stands in the URL alone.
-        password=config.password or None,
+        "password": config.password or None,
         # RESP2: the scripts' replies are plain arrays, and every proxy and older server speaks it.
-        protocol=2,
-        socket_timeout=reply_timeout or config.operation_timeout,
-        socket_connect_timeout=config.connect_timeout,
-        socket_keepalive=True,
-        health_check_interval=0,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=config.max_connections,
-        decode_responses=True,
-    )
-    return Redis.from_pool(pool)
+        "protocol": 2,
+        "socket_timeout": reply_timeout or config.operation_timeout,
+        "socket_connect_timeout": config.connect_timeout,
+        "socket_keepalive": True,
+        "health_check_interval": 0,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": config.max_connections,
+        "decode_responses": True,
+    }
+    if config.sentinels:
+        return Redis.from_pool(master_pool(config, options))
+    # A pool that lets a burst wait for a connection: the default one would answer it with an error.
+    return Redis.from_pool(BlockingConnectionPool.from_url(config.url, **options))
 
 
 @contextmanager
@@ -72,7 +77,7 @@ def unavailable(doing: str) -> Iterator[None]:
             raise asyncio.CancelledError
     except redis.exceptions.ResponseError as error:
         # Anything else the server answers is a mistake of ours and must be seen as one.
-        if not isinstance(error, _CANNOT_SERVE) and not str(error).startswith(_CANNOT_SERVE_CODES):
+        if not isinstance(error, _CANNOT_SERVE) and not _CANNOT_SERVE_CODES.search(str(error)):
             raise
         raise QueueUnavailable(f"{doing}: Redis cannot serve now: {error}") from error
     except (redis.exceptions.RedisError, OSError) as error:

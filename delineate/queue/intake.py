@@ -22,6 +22,7 @@ from delineate.errors import (
     JobNotRetryable,
     QueueFull,
     QueueUnavailable,
+    TooManyJobs,
 )
 from delineate.job import Job, JobStatus, NewJob
 from delineate.queue.base import Connected
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 TOMBSTONE_SECONDS = 3600
 FULL_RETRY_AFTER_SECONDS = 30.0
+# The newest ones; the list of a caller that never rests must not grow for days.
+USER_JOBS_KEPT = 10_000
 
 
 class Enqueued(msgspec.Struct, frozen=True):
@@ -43,13 +46,15 @@ class Enqueued(msgspec.Struct, frozen=True):
 
 
 class QueueStats(msgspec.Struct, frozen=True):
-    """Jobs by state and live workers, all at one moment."""
+    """Jobs by state and live workers, all at one moment; how long the oldest waiting job has waited, in seconds."""
 
     waiting: int
     active: int
     delayed: int
     failed: int
     workers: int
+    paused: bool
+    oldest_waiting_seconds: float
 
 
 class RateLimit(msgspec.Struct, frozen=True):
@@ -76,11 +81,11 @@ class Intake(Connected):
     async def enqueue(self, new: NewJob) -> Enqueued:
         """Accept `new`: its record, the caller's list and the wait list, all at once or not at all.
 
-        Safe to repeat with the same `new.id`. Raises QueueFull, IdempotencyConflict,
+        Safe to repeat with the same `new.id`. Raises QueueFull, TooManyJobs, IdempotencyConflict,
         and QueueUnavailable when it could not be confirmed; then the job never runs,
         unless another call with the same idempotency key is given it first.
         """
-        retention = self._config.retention
+        queue, retention = self._config.queue, self._config.retention
         try:
             outcome, record = await self._repeat(
                 "accepting a job",
@@ -93,8 +98,10 @@ class Intake(Connected):
                     fingerprint=new.fingerprint,
                     traceparent=new.traceparent,
                     request_id=new.request_id,
-                    max_waiting=self._config.queue.max_waiting,
+                    max_waiting=queue.max_waiting,
+                    max_waiting_of_user=queue.max_waiting_of_user,
                     user_jobs_seconds=int(retention.user_jobs),
+                    user_jobs_kept=USER_JOBS_KEPT,
                     idempotency_seconds=int(retention.idempotency),
                 ),
             )
@@ -105,7 +112,12 @@ class Intake(Connected):
             raise QueueUnavailable("accepting a job: it was given up before Redis answered")
         if outcome == "full":
             raise QueueFull(
-                f"{self._config.queue.max_waiting} jobs are waiting already; repeat the request later",
+                f"{queue.max_waiting} jobs are waiting already; repeat the request later",
+                retry_after=FULL_RETRY_AFTER_SECONDS,
+            )
+        if outcome == "user_full":
+            raise TooManyJobs(
+                f"{queue.max_waiting_of_user} of your exports are waiting already; repeat it when some are done",
                 retry_after=FULL_RETRY_AFTER_SECONDS,
             )
         if outcome == "conflict":
@@ -116,16 +128,11 @@ class Intake(Connected):
         return Enqueued(job, replayed=outcome == "replayed")
 
     async def position(self, job_id: str) -> int | None:
-        """Place in line, 1 is next; None when the job is not waiting."""
-        return await self._repeat("reading the line", lambda: self._position(job_id))
+        """Place in line, 1 is next; None when the job is not in line.
 
-    async def _position(self, job_id: str) -> int | None:
-        # One transaction, so that length and index belong together.
-        async with self._commands.pipeline(transaction=True) as pipe:
-            pipe.llen(self._keys.wait)
-            pipe.lpos(self._keys.wait, job_id, rank=-1)
-            length, index = await pipe.execute()
-        return None if index is None else length - index
+        Users take turns, so it is an upper bound for a user's further jobs.
+        """
+        return await self._repeat("reading the line", lambda: self._scripts.position(job_id))
 
     async def cancel(self, job_id: str) -> Job:
         """The cancelled job, also if it was cancelled before. Raises JobNotFound, JobFinished."""
@@ -189,7 +196,10 @@ class Intake(Connected):
                 return jobs, None
 
     async def stats(self) -> QueueStats:
-        return QueueStats(*await self._repeat("counting jobs", self._scripts.stats))
+        waiting, active, delayed, failed, workers, paused, oldest_ms = await self._repeat(
+            "counting jobs", self._scripts.stats
+        )
+        return QueueStats(waiting, active, delayed, failed, workers, bool(paused), oldest_ms / 1000)
 
     async def ping(self) -> None:
         await self._repeat("ping", self._commands.ping)

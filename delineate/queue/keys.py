@@ -5,7 +5,11 @@ transition finds everything it touches in one slot.
 
     job:{id}              hash    one job; ends 24 h after the job did (failed: 7 days)
     user:{id}:jobs        zset    a caller's job ids by creation time (us); 7 days
-    queue:wait            list    ids that may be claimed, oldest at the right
+    user:{id}:waiting     zset    a caller's waiting jobs beyond the one that has its turn, by place (us)
+    queue:wait            list    ids that may be claimed, next at the right; one turn a user, and interrupted jobs
+    queue:turns           hash    user -> the id that has the user's turn
+    queue:backlog         zset    the ids of every user:{id}:waiting, by place (us)
+    queue:paused          string  there while operators want no waiting job to be claimed
     queue:active:{worker} list    ids a worker process holds: the list names its owner
     queue:delayed         zset    ids of attempts waiting for their backoff, by due time (ms)
     queue:failed          list    dead letters, newest at the left
@@ -16,6 +20,7 @@ transition finds everything it touches in one slot.
     idem:{user}:{key}     string  "<fingerprint> <job id>" of an Idempotency-Key; 24 h
     limit:{caller}        string  state of a caller's rate limit; one window
     channel job:{id}      pub/sub versioned events
+    channel worker:{id}   pub/sub empty messages: look at your leases
 """
 
 from __future__ import annotations
@@ -29,6 +34,9 @@ class Keys:
     def __init__(self, prefix: str) -> None:
         self.base = f"{prefix}:{{export}}:"
         self.wait = f"{self.base}queue:wait"
+        self.turns = f"{self.base}queue:turns"
+        self.backlog = f"{self.base}queue:backlog"
+        self.paused = f"{self.base}queue:paused"
         self.delayed = f"{self.base}queue:delayed"
         self.failed = f"{self.base}queue:failed"
         self.abandoned = f"{self.base}queue:abandoned"
@@ -43,8 +51,14 @@ class Keys:
     def channel(self, job_id: str) -> str:
         return f"{self.base}job:{job_id}"
 
+    def worker_channel(self, worker: str) -> str:
+        return f"{self.base}worker:{worker}"
+
     def active(self, worker: str) -> str:
         return f"{self.base}queue:active:{worker}"
+
+    def user_waiting(self, user: str) -> str:
+        return f"{self.base}user:{user}:waiting"
 
     def user_jobs(self, user: str) -> str:
         return f"{self.base}user:{user}:jobs"

@@ -8,12 +8,12 @@ import math
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
-from delineate.errors import LeaseLost
+from delineate.errors import LeaseLost, QueuePaused
 from delineate.job import ArchiveResult, ErrorClass, Failure, Lease, Progress, SavedPart, Upload
 from delineate.queue.base import Connected
 from delineate.queue.connection import unavailable
 from delineate.queue.record import CorruptRecord, encode, parse_job, parse_part
-from delineate.queue.scripts import Fenced, Hold, Settled
+from delineate.queue.scripts import Fenced, Hold, Paused, Settled
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Leases(Connected):
 
         A reply that is lost leaves jobs in the worker's list (`held_ids` shows
         them, `job_ids` claims them), so nothing is lost and this is not repeated here.
-        Raises LeaseLost if the worker was declared dead.
+        Raises LeaseLost if the worker was declared dead, QueuePaused if that is why there is nothing.
         """
         keep = int(self._config.retention.failed)
         with unavailable("claiming jobs"):
@@ -61,6 +61,8 @@ class Leases(Connected):
                     records = await self._scripts.claim(worker, count, list(job_ids), keep)
                 except Fenced:
                     raise LeaseLost(f"worker {worker} was declared dead") from None
+                except Paused:
+                    raise QueuePaused("the queue is paused") from None
         leases = []
         for job_id, fields in records:
             if not fields:

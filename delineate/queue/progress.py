@@ -96,9 +96,15 @@ class JobEvents:
 
         Raises QueueUnavailable if Redis is away or does not acknowledge in time.
         """
+        await self._subscribe(self._keys.channel(job_id), listener)
+
+    async def subscribe_worker(self, worker: str, listener: Listener) -> None:
+        """Call `listener`, always with None, when a lease of `worker` was taken away; as `subscribe` otherwise."""
+        await self._subscribe(self._keys.worker_channel(worker), listener)
+
+    async def _subscribe(self, channel: str, listener: Listener) -> None:
         if self._outage is not None:
             raise QueueUnavailable(str(self._outage)) from self._outage
-        channel = self._keys.channel(job_id)
         topic = self._topics.get(channel)
         if topic is None:
             topic = self._topics[channel] = _Topic(asyncio.get_running_loop().create_future())
@@ -117,7 +123,12 @@ class JobEvents:
 
     def unsubscribe(self, job_id: str, listener: Listener) -> None:
         """Stop calling `listener`; the last one to leave ends the subscription. Never waits, never fails."""
-        channel = self._keys.channel(job_id)
+        self._unsubscribe(self._keys.channel(job_id), listener)
+
+    def unsubscribe_worker(self, worker: str, listener: Listener) -> None:
+        self._unsubscribe(self._keys.worker_channel(worker), listener)
+
+    def _unsubscribe(self, channel: str, listener: Listener) -> None:
         topic = self._topics.get(channel)
         if topic is not None:
             self._remove(channel, topic, listener)
@@ -258,6 +269,9 @@ class JobEvents:
     def _publish(self, channel: str, data: str) -> None:
         topic = self._topics.get(channel)
         if topic is None:
+            return
+        if not data:
+            self._call(topic, None)
             return
         try:
             event = _EVENT(data)

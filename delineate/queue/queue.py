@@ -1,4 +1,4 @@
-"""The job queue: what the API, the workers and the janitors ask of Redis, in the words of the job model."""
+"""The job queue: what clients, workers, janitors and operators ask of Redis, in the words of the job model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from delineate.config import Config
 from delineate.queue.connection import connect
 from delineate.queue.intake import Intake
 from delineate.queue.leases import Leases
+from delineate.queue.operations import Operations
 from delineate.queue.upkeep import Upkeep
 
 
-class Queue(Intake, Leases, Upkeep):
+class Queue(Intake, Leases, Upkeep, Operations):
     """Made by `open_queue`. Methods raise QueueUnavailable when Redis cannot serve."""
 
 

@@ -35,6 +35,10 @@ class Fenced(Exception):
     """The worker was declared dead; it needs a new id. Never leaves delineate.queue."""
 
 
+class Paused(Exception):
+    """Nothing was claimed because the queue is paused. Never leaves delineate.queue."""
+
+
 class Hold(NamedTuple):
     """What a script needs to know of a hold."""
 
@@ -69,14 +73,16 @@ class Scripts:
         traceparent: str,
         request_id: str,
         max_waiting: int,
+        max_waiting_of_user: int,
         user_jobs_seconds: int,
+        user_jobs_kept: int,
         idempotency_seconds: int,
     ) -> tuple[str, Hash]:
         """The outcome, and the record of the job that stands for the request."""
         k = self._keys
         outcome, flat = await self._run(
             "enqueue",
-            [k.job(job_id), k.user_jobs(user), k.wait, k.delayed, k.idempotency(user, idempotency_key or "")],
+            [k.job(job_id), k.user_jobs(user), k.user_waiting(user), k.idempotency(user, idempotency_key or "")],
             job_id,
             user,
             msgspec.json.encode(file_ids).decode(),
@@ -86,7 +92,9 @@ class Scripts:
             traceparent,
             request_id,
             max_waiting,
+            max_waiting_of_user,
             user_jobs_seconds,
+            user_jobs_kept,
             idempotency_seconds if idempotency_key is not None else 0,
             k.base,
         )
@@ -94,17 +102,18 @@ class Scripts:
 
     async def withdraw(self, job_id: str, user: str, idempotency_key: str | None, tombstone_seconds: int) -> bool:
         k = self._keys
-        keys = [k.job(job_id), k.user_jobs(user), k.wait, k.idempotency(user, idempotency_key or "")]
-        return bool(await self._run("withdraw", keys, job_id, k.base, tombstone_seconds))
+        keys = [k.job(job_id), k.user_jobs(user), k.idempotency(user, idempotency_key or "")]
+        return bool(await self._run("withdraw", keys, job_id, user, k.base, tombstone_seconds))
 
     async def claim(self, worker: str, count: int, job_ids: list[str], keep_seconds: int) -> list[tuple[str, Hash]]:
-        """Ids and records; a record that Lua could not use, and buried, is empty. Raises Fenced."""
+        """Ids and records; a record that Lua could not use, and buried, is empty. Raises Fenced, Paused."""
         k = self._keys
-        reply = await self._run(
-            "claim", [k.wait, k.active(worker), k.workers, k.failed], k.base, worker, count, keep_seconds, *job_ids
-        )
+        keys = [k.wait, k.active(worker), k.workers, k.failed, k.paused]
+        reply = await self._run("claim", keys, k.base, worker, count, keep_seconds, *job_ids)
         if reply == "fenced":
             raise Fenced
+        if reply == "paused":
+            raise Paused
         return [(job_id, _hash(flat)) for job_id, flat in reply]
 
     async def progress(
@@ -159,18 +168,22 @@ class Scripts:
 
     async def cancel(self, job_id: str, keep_seconds: int) -> str:
         k = self._keys
-        reply: str = await self._run("cancel", [k.job(job_id), k.wait, k.delayed], job_id, k.base, keep_seconds)
+        reply: str = await self._run("cancel", [k.job(job_id)], job_id, k.base, keep_seconds)
         return reply
 
     async def requeue(self, job_id: str, max_waiting: int, nonce: str) -> str:
         k = self._keys
-        keys = [k.job(job_id), k.wait, k.delayed, k.failed]
-        reply: str = await self._run("requeue", keys, job_id, max_waiting, nonce)
+        reply: str = await self._run("requeue", [k.job(job_id), k.failed], job_id, k.base, max_waiting, nonce)
+        return reply
+
+    async def position(self, job_id: str) -> int | None:
+        k = self._keys
+        reply: int | None = await self._run("position", [k.job(job_id), k.wait, k.backlog, k.turns], job_id, k.base)
         return reply
 
     async def promote(self) -> int:
         k = self._keys
-        reply: int = await self._run("promote", [k.delayed, k.wait], k.base, MAX_BATCH)
+        reply: int = await self._run("promote", [k.delayed], k.base, MAX_BATCH)
         return reply
 
     async def reap(
@@ -208,9 +221,16 @@ class Scripts:
         reply: int = await self._run("sweep", [self._keys.failed], self._keys.base, MAX_BATCH)
         return reply
 
+    async def purge(self, job_id: str) -> str:
+        k = self._keys
+        reply: str = await self._run("purge", [k.job(job_id), k.failed], job_id, k.base)
+        return reply
+
     async def stats(self) -> list[int]:
         k = self._keys
-        reply: list[int] = await self._run("stats", [k.wait, k.delayed, k.failed, k.workers], k.base)
+        reply: list[int] = await self._run(
+            "stats", [k.wait, k.backlog, k.delayed, k.failed, k.workers, k.paused], k.base
+        )
         return reply
 
     async def limit(self, caller: str, requests: int, window_ms: int) -> list[int]:

@@ -2,7 +2,7 @@
 
     fetch      claims as many jobs as there are free slots; waits in Redis when there are none
     run        each job in a task of its own (attempt.py), which also settles it
-    heartbeat  keeps the worker's lease and learns which jobs were cancelled or taken over
+    heartbeat  keeps the worker's lease and learns, at once when told to look, which jobs were taken away
     drain      on SIGTERM: no new jobs; running ones get `drain_timeout`, then they are handed back
 
 A worker that was stopped for too long is declared dead by the others. Its next
@@ -19,12 +19,14 @@ import signal
 import socket
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from delineate.config import Config
-from delineate.errors import LeaseLost, QueueUnavailable
+from delineate.errors import LeaseLost, QueuePaused, QueueUnavailable
 from delineate.job import Lease
 from delineate.queue import Queue, open_queue
+from delineate.queue.progress import JobEvent, JobEvents, open_job_events
 from delineate.ready import ready
 from delineate.storage import Storage, open_storage, wait_for_storage
 from delineate.worker.attempt import Attempt, hand_back
@@ -45,22 +47,29 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with open_storage(config.storage, service="worker") as storage, open_queue(config) as queue:
+    async with (
+        open_storage(config.storage, service="worker") as storage,
+        open_queue(config) as queue,
+        open_job_events(config) as events,
+    ):
         await wait_for_storage(storage, stop)
         if not stop.is_set():
-            await Worker(config, queue, storage).run(stop, ready_file)
+            await Worker(config, queue, storage, events).run(stop, ready_file)
 
 
 class Worker:
     """One worker process; `run` is all there is to call."""
 
-    def __init__(self, config: Config, queue: Queue, storage: Storage) -> None:
+    def __init__(self, config: Config, queue: Queue, storage: Storage, events: JobEvents) -> None:
         self._config = config
         self._queue = queue
         self._storage = storage
+        self._events = events
         # By lease: a job that was cancelled and retried may be here twice while its first attempt ends.
         self._running: dict[tuple[str, int], Attempt] = {}
         self._slot_freed = asyncio.Event()
+        self._look_now = asyncio.Event()
+        self._renamed = asyncio.Event()
         self.id = _new_worker_id()
 
     async def run(self, stop: asyncio.Event, ready_file: Path | None = None) -> None:
@@ -70,12 +79,13 @@ class Worker:
         janitor = Janitor(self._queue, self._storage, self._config.queue)
         async with (
             beside(self._heartbeat_forever()) as heartbeat,
+            beside(self._listen_forever()) as listening,
             beside(janitor.run()) as tidying,
             beside(janitor.abort_uploads_forever()) as aborting,
         ):
             async with beside(self._fetch_forever()) as fetching, beside(stop.wait()) as stopped:
                 # None of the loops ends by itself: one that does has a bug, and the process must not go on without it.
-                loops = {fetching, heartbeat, tidying, aborting}
+                loops = {fetching, heartbeat, listening, tidying, aborting}
                 with ready(ready_file):
                     await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
             await self._return_unclaimed()
@@ -120,6 +130,8 @@ class Worker:
                 # The heartbeat notices the same and gives this worker a new id. What came under the old one goes back.
                 await self._retire(worker)
                 await asyncio.sleep(self._config.queue.heartbeat)
+            except QueuePaused:
+                await asyncio.sleep(self._config.queue.claim_wait * random.uniform(0.5, 1))
             except QueueUnavailable as error:
                 # A reply may have been lost, and with it a job that now lies in our list.
                 unsure = True
@@ -161,7 +173,10 @@ class Worker:
         interval = self._config.queue.heartbeat
         reachable = True
         while True:
-            await asyncio.sleep(interval if reachable else interval / 4)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval if reachable else interval / 4):
+                    await self._look_now.wait()
+            self._look_now.clear()
             try:
                 lost = await self._queue.heartbeat(self.id, [attempt.lease for attempt in self._running.values()])
             except QueueUnavailable as error:
@@ -176,6 +191,24 @@ class Worker:
             for lease in lost & self._running.keys():
                 self._running[lease].lose()
 
+    async def _listen_forever(self) -> None:
+        """Hear at once that a job was cancelled. The heartbeat would find out too, a little later."""
+
+        def look(_: JobEvent | None) -> None:
+            self._look_now.set()
+
+        while True:
+            worker = self.id
+            try:
+                await self._events.subscribe_worker(worker, look)
+            except QueueUnavailable as error:
+                log.debug("%s", error)
+                await asyncio.sleep(self._config.queue.heartbeat)
+                continue
+            await self._renamed.wait()
+            self._renamed.clear()
+            self._events.unsubscribe_worker(worker, look)
+
     async def _start_over(self) -> None:
         """This process was silent for so long that its jobs are with others now."""
         new = _new_worker_id()
@@ -188,6 +221,7 @@ class Worker:
             log.warning("%s", error)  # the next heartbeat is refused again and comes back here
             return
         old, self.id = self.id, new
+        self._renamed.set()
         log.warning("declared dead by the others: all jobs dropped, on as a new worker", extra={"context": context})
         await self._retire(old)
 

@@ -69,6 +69,22 @@ async def test_a_failed_read_is_raised_as_it_was() -> None:
     assert_alone()
 
 
+async def test_a_failure_when_every_part_has_a_slot_is_no_cancel() -> None:
+    files, plan = store(), plan_of([source(0, 200)], part_bytes=4096, slots=3)
+    assert plan.part_count == 1
+
+    async def put_part(number: int, body: memoryview) -> str:
+        await asyncio.sleep(0.01)
+        raise StorageTimeout("part 1")
+
+    with pytest.raises(StorageTimeout, match="part 1"):
+        await build(files.read, put_part, plan=plan)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert_alone()
+
+
 async def test_a_failed_upload_is_raised_as_it_was() -> None:
     files = store()
 

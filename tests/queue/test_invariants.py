@@ -17,7 +17,16 @@ import pytest
 from redis.asyncio import Redis
 
 from delineate.config import Config
-from delineate.errors import JobFinished, JobNotFound, JobNotRetryable, LeaseLost, QueueFull
+from delineate.errors import (
+    JobFinished,
+    JobNotFound,
+    JobNotRetryable,
+    JobUnfinished,
+    LeaseLost,
+    QueueFull,
+    QueuePaused,
+    TooManyJobs,
+)
 from delineate.job import (
     ArchiveResult,
     ErrorClass,
@@ -36,7 +45,17 @@ from delineate.queue.keys import Keys
 
 STEPS = 600
 FAILURE = Failure(code="storage_timeout", error_class=ErrorClass.TIMEOUT, message="The store did not answer.")
-REFUSALS = (LeaseLost, JobNotFound, JobFinished, JobNotRetryable, QueueFull)
+USERS = ("ann", "bob", "eve")
+REFUSALS = (
+    LeaseLost,
+    JobNotFound,
+    JobFinished,
+    JobNotRetryable,
+    JobUnfinished,
+    QueueFull,
+    QueuePaused,
+    TooManyJobs,
+)
 
 
 class Walk:
@@ -45,6 +64,7 @@ class Walk:
         self.config, self.queue, self.redis, self.keys = config, queue, redis, Keys(config.redis.prefix)
         self.jobs: list[NewJob] = []
         self.withdrawn: set[str] = set()
+        self.purged: set[str] = set()
         self.workers: list[str] = []
         self.leases: list[Lease] = []
         self.moved: list[tuple[str, str]] = []
@@ -72,14 +92,16 @@ class Walk:
         return self.random.choice(self.jobs[-15:]).id
 
     async def do_enqueue(self) -> None:
-        new = NewJob(id=new_job_id(), user="ann", file_ids=(70000,))
+        new = NewJob(id=new_job_id(), user=self.random.choice(USERS), file_ids=(70000,))
         await self.queue.enqueue(new)
         self.jobs.append(new)
+
+    do_enqueue_too = do_enqueue
 
     async def do_enqueue_again(self) -> None:
         if self.jobs:
             new = self.random.choice(self.jobs[-5:])
-            if new.id not in self.withdrawn:
+            if new.id not in self.withdrawn and new.id not in self.purged:
                 await self.queue.enqueue(new)
 
     async def do_start_worker(self) -> None:
@@ -142,8 +164,22 @@ class Walk:
     async def do_withdraw(self) -> None:
         if self.jobs and self.random.random() < 0.3:
             new = self.random.choice(self.jobs[-15:])
-            await self.queue._withdraw(new)
-            self.withdrawn.add(new.id)
+            if new.id not in self.purged:
+                await self.queue._withdraw(new)
+                self.withdrawn.add(new.id)
+
+    async def do_purge(self) -> None:
+        if self.random.random() < 0.3:
+            job_id = self._job_id()
+            await self.queue.purge(job_id)
+            self.purged.add(job_id)
+
+    async def do_pause(self) -> None:
+        if self.random.random() < 0.2:
+            await self.queue.pause()
+
+    async def do_resume(self) -> None:
+        await self.queue.resume()
 
     async def do_crash(self) -> None:
         """A worker's lease runs out; its process may not know yet."""
@@ -168,6 +204,16 @@ class Walk:
         """The invariants, by the numbers of docs/queue.md."""
         keys, redis = self.keys, self.redis
         waiting = await redis.lrange(keys.wait, 0, -1)
+        backlog = await redis.zrange(keys.backlog, 0, -1)
+        turns = await redis.hgetall(keys.turns)
+        behind = {user: await redis.zrange(keys.user_waiting(user), 0, -1) for user in USERS}
+        assert sorted(backlog) == sorted(job_id for ids in behind.values() for job_id in ids), after  # 2
+        assert len({*waiting, *backlog}) == len(waiting) + len(backlog), after  # 2
+        assert {user for user in USERS if behind[user]} <= turns.keys(), after  # 10
+        for job_id in turns.values():
+            assert await redis.hget(keys.job(str(job_id)), "status") == "queued", after  # 10
+        for new in self.jobs[-30:]:
+            assert new.user in turns or new.id not in waiting or await self._interrupted(new.id), after  # 10
         delayed = await redis.zrange(keys.delayed, 0, -1)
         failed = await redis.lrange(keys.failed, 0, -1)
         remembered = await redis.zrange(keys.workers, 0, -1)
@@ -176,9 +222,14 @@ class Walk:
             job_id, record = new.id, await redis.hgetall(keys.job(new.id))
             status, where = record.get("status"), (after, new.id, record)
             holders = [worker for worker in self.workers if job_id in held[worker]]
+            if job_id in self.purged:
+                assert not record, where
+                continue
             assert status, where  # 1
             if status == "queued":  # 2
-                assert job_id in waiting or job_id in delayed or any(worker in remembered for worker in holders), where
+                in_line = job_id in waiting or job_id in backlog or job_id in delayed
+                assert in_line != bool(holders), where
+                assert all(worker in remembered for worker in holders), where
             if status == "processing":  # 3
                 assert record["worker"] in holders, where
                 assert record["worker"] in remembered, where
@@ -194,11 +245,16 @@ class Walk:
                 assert (int(record["progress"]) == 100) == (status == "completed"), where
             assert (job_id in self.withdrawn) == (status == "withdrawn"), where  # 9
 
+    async def _interrupted(self, job_id: str) -> bool:
+        """It had left its turn behind already: it was claimed, or moved, before."""
+        return bool(int(await self.redis.hget(self.keys.job(job_id), "token") or 0))
+
     async def work_off(self) -> None:
         """No more crashes: one worker, the janitor, and everything must end."""
         for worker in self.workers:
             await self.redis.zadd(self.keys.workers, {worker: 1}, xx=True)
         await self.queue.register("last")
+        await self.queue.resume()
         for _ in range(300):
             await self.queue.promote()
             await self.queue.reap()
@@ -209,13 +265,17 @@ class Walk:
                 break
         for new in self.jobs:
             status = await self.redis.hget(self.keys.job(new.id), "status")
-            assert status in ("completed", "failed", "cancelled", "withdrawn"), (new.id, status)
+            ended = status in ("completed", "failed", "cancelled", "withdrawn")
+            assert ended or new.id in self.purged, (new.id, status)
+        assert not await self.redis.exists(self.keys.turns, self.keys.backlog, self.keys.wait)
 
 
 @asynccontextmanager
 async def walk(seed: int, config: Config) -> AsyncIterator[Walk]:
     # Leases that do not run out by themselves: only do_crash decides who is dead, so a seed is a fixed story.
-    patient = msgspec.structs.replace(config.queue, dead_after=600, max_crashes=2, max_waiting=25)
+    patient = msgspec.structs.replace(
+        config.queue, dead_after=600, max_crashes=2, max_waiting=40, max_waiting_of_user=20
+    )
     config = msgspec.structs.replace(config, queue=patient)
     async with connect(config.redis) as redis, open_queue(config) as queue:
         made = Walk(seed, config, queue, redis)

@@ -18,9 +18,12 @@ from delineate.errors import (
     JobFinished,
     JobNotFound,
     JobNotRetryable,
+    JobUnfinished,
     LeaseLost,
     QueueFull,
+    QueuePaused,
     QueueUnavailable,
+    TooManyJobs,
 )
 from delineate.job import (
     ArchiveResult,
@@ -96,7 +99,7 @@ async def test_enqueue_puts_record_list_entry_and_user_entry_at_once(config: Con
         new = new_job(traceparent="00-1", request_id="r1", on_missing="skip")
         accepted = await b.queue.enqueue(new)
         job = accepted.job
-        assert (job.id, job.status, job.attempts, job.version) == (new.id, JobStatus.QUEUED, 0, 1)
+        assert (job.id, job.status, job.attempts) == (new.id, JobStatus.QUEUED, 0)
         assert (job.file_ids, job.on_missing, job.traceparent, job.request_id) == ((70000, 70001), "skip", "00-1", "r1")
         assert await b.waiting() == [job.id]
         assert await b.redis.zrange(b.keys.user_jobs("ann"), 0, -1) == [job.id]
@@ -136,13 +139,124 @@ async def test_a_full_queue_refuses_and_leaves_nothing_behind(config: Config) ->
         assert not await b.redis.exists(b.keys.idempotency("ann", "k"))
 
 
+async def test_a_user_with_too_many_waiting_jobs_is_told_and_others_are_not(config: Config) -> None:
+    config = msgspec.structs.replace(config, queue=msgspec.structs.replace(config.queue, max_waiting_of_user=3))
+    async with bench(config) as b:
+        ids = [await b.accepted() for _ in range(3)]
+        with pytest.raises(TooManyJobs) as refused:
+            await b.accepted()
+        assert refused.value.retry_after
+        await b.accepted(user="bob")
+        await b.queue.claim("w1", 1)
+        ids.append(await b.accepted())
+        for waiting in ids[1:]:
+            await b.queue.cancel(waiting)
+        for _ in range(3):
+            await b.accepted()
+
+
+async def test_users_take_turns_and_keep_their_own_order(config: Config) -> None:
+    async with bench(config) as b:
+        ann = [await b.accepted() for _ in range(500)]
+        bob = [await b.accepted(user="bob") for _ in range(3)]
+        eve = [await b.accepted(user="eve")]
+        stats = await b.queue.stats()
+        assert stats.waiting == 504
+        assert stats.oldest_waiting_seconds > 0
+        claimed = []
+        for _ in range(168):
+            claimed += [lease.job.id for lease in await b.queue.claim("w1", 3)]
+        assert claimed[:7] == [ann[0], bob[0], eve[0], ann[1], bob[1], ann[2], bob[2]]
+        assert [job_id for job_id in claimed if job_id in set(ann)] == ann
+        assert len(claimed) == 504
+        assert await b.redis.keys(f"{b.keys.base}user:*:waiting") == []
+        assert not await b.redis.exists(b.keys.turns, b.keys.backlog, b.keys.wait)
+
+
+async def test_a_turn_is_passed_on_however_its_job_leaves_the_line(config: Config) -> None:
+    async with bench(config) as b:
+        first, second, third, fourth, fifth = [new_job() for _ in range(5)]
+        for new in (first, second, third, fourth, fifth):
+            await b.queue.enqueue(new)
+        assert await b.waiting() == [first.id]
+        await b.queue.cancel(first.id)
+        assert await b.waiting() == [second.id]
+        await b.queue._withdraw(second)
+        assert await b.waiting() == [third.id]
+        await b.queue.cancel(fourth.id)
+        assert await b.queue.wait_for_work("w1") == third.id
+        await b.queue.cancel(third.id)
+        assert await b.waiting() == [fifth.id]
+        assert await b.queue.claim("w1", 2, job_ids=[third.id]) != []
+        assert await b.waiting() == []
+        assert await b.accepted() in await b.waiting()
+
+
+async def test_a_turn_that_a_damaged_record_holds_is_passed_on(config: Config) -> None:
+    async with bench(config) as b:
+        ids = [await b.accepted() for _ in range(3)]
+        await b.redis.lrem(b.keys.wait, 1, ids[0])
+        await b.redis.delete(b.keys.job(ids[0]))
+        ids.append(await b.accepted())
+        assert await b.waiting() == [ids[1]]
+        assert [lease.job.id for lease in await b.queue.claim("w1", 9)] == ids[1:]
+
+
+async def test_a_turn_that_died_with_its_worker_keeps_no_worker_idle(config: Config) -> None:
+    async with bench(config) as b:
+        ids = [await b.accepted() for _ in range(3)]
+        assert await b.queue.wait_for_work("w1") == ids[0]
+        assert [lease.job.id for lease in await b.queue.claim("w2", 9)] == ids[1:]
+        await b.kill_worker("w1")
+        await b.queue.reap()
+        (lease,) = await b.queue.claim("w2", 9)
+        assert lease.job.id == ids[0]
+        assert not await b.redis.exists(b.keys.turns, b.keys.backlog, b.keys.wait)
+
+
+async def test_a_paused_queue_keeps_what_waits_and_lets_go_on_what_runs(config: Config) -> None:
+    async with bench(config) as b:
+        running = await b.claimed()
+        await b.queue.pause()
+        assert (await b.queue.stats()).paused
+        job_id, behind = await b.accepted(), await b.accepted()
+        with pytest.raises(QueuePaused):
+            await b.queue.claim("w1", 2)
+        assert await b.queue.wait_for_work("w1") == job_id  # it was blocked when the queue was paused
+        with pytest.raises(QueuePaused):
+            await b.queue.claim("w1", 2, job_ids=[job_id])
+        assert await b.active() == [running.job.id]
+        (again,) = await b.queue.claim("w1", 0, job_ids=[running.job.id])
+        await b.queue.finish(again, RESULT)
+        await b.queue.resume()
+        assert [lease.job.id for lease in await b.queue.claim("w1", 2)] == [job_id, behind]
+
+
+async def test_a_failover_that_loses_a_claim_gives_no_token_twice(config: Config) -> None:
+    async with bench(config) as b:
+        job_id = await b.accepted()
+        record, waiting = await b.redis.dump(b.keys.job(job_id)) or b"", await b.waiting()
+        (lost,) = await b.queue.claim("w1", 1)
+        await b.queue.progress(lost, progress(50))
+        seen = await b.queue.get(job_id)
+        # What a replica that had not heard of the claim would know.
+        await b.redis.restore(b.keys.job(job_id), 0, record, replace=True)
+        await b.redis.delete(b.keys.active("w1"))
+        await b.redis.rpush(b.keys.wait, *waiting)
+        (again,) = await b.queue.claim("w2", 1)
+        with pytest.raises(LeaseLost):
+            await b.queue.finish(lost, RESULT)
+        assert seen is not None
+        assert again.job.version > seen.version, "or a stream would wait for what it has seen already"
+
+
 async def test_claim_takes_the_oldest_and_gives_token_and_attempt(config: Config) -> None:
     async with bench(config) as b:
         ids = [await b.accepted() for _ in range(3)]
         leases = await b.queue.claim("w1", 2)
         assert [lease.job.id for lease in leases] == ids[:2]
         for lease in leases:
-            assert (lease.token, lease.job.attempts, lease.job.status) == (1, 1, JobStatus.PROCESSING)
+            assert (lease.job.attempts, lease.job.status) == (1, JobStatus.PROCESSING)
             assert lease.job.worker == "w1"
             assert lease.job.started_at is not None
         assert sorted(await b.active()) == sorted(ids[:2])
@@ -167,7 +281,8 @@ async def test_a_claim_whose_reply_was_lost_is_claimed_again_uncharged_with_a_ne
         lost = await b.claimed()
         assert await b.queue.held_ids("w1") == [lost.job.id]
         (again,) = await b.queue.claim("w1", 1, job_ids=[lost.job.id])
-        assert (again.token, again.job.attempts) == (2, 1)
+        assert again.token > lost.token
+        assert again.job.attempts == 1
         with pytest.raises(LeaseLost):
             await b.queue.finish(lost, RESULT)
         await b.queue.finish(again, RESULT)
@@ -195,7 +310,7 @@ async def test_progress_never_goes_back_and_refuses_an_old_token(config: Config)
         job = await b.queue.get(lease.job.id)
         assert job is not None
         assert (job.progress.percent, job.progress.current_file, job.progress.bytes_done) == (50, 1, 500)
-        assert job.version == 4  # enqueued, claimed, two reports
+        assert job.version > lease.job.version
         stale = msgspec.structs.replace(lease, token=lease.token - 1)
         with pytest.raises(LeaseLost):
             await b.queue.progress(stale, progress(99))
@@ -234,7 +349,7 @@ async def test_every_settling_refuses_an_old_token_and_changes_nothing(config: C
         assert await b.active() == [lease.job.id]
 
 
-async def test_retry_waits_in_delayed_and_promote_puts_it_next_in_line(config: Config) -> None:
+async def test_retry_waits_in_delayed_and_promote_puts_it_back_in_line(config: Config) -> None:
     async with bench(config) as b:
         lease = await b.claimed()
         await b.queue.retry(lease, FAILURE, 0.3)
@@ -243,13 +358,13 @@ async def test_retry_waits_in_delayed_and_promote_puts_it_next_in_line(config: C
         assert job is not None
         assert (job.status, job.failure, job.attempts) == (JobStatus.QUEUED, FAILURE, 1)
         assert job.due_at is not None
-        younger = await b.accepted()
+        has_turn, younger = await b.accepted(), await b.accepted()
         assert await b.queue.promote() == 0
-        assert await b.waiting() == [younger]
         await asyncio.sleep(0.35)
         assert await b.queue.promote() == 1
-        assert await b.waiting() == [younger, lease.job.id]
-        (second,) = await b.queue.claim("w2", 1)
+        first, second, third = await b.queue.claim("w2", 3)
+        # Behind the user's job whose turn it is, before those that were asked for later.
+        assert [lease.job.id for lease in (first, third)] == [has_turn, younger]
         assert (second.job.id, second.job.attempts, second.job.progress.percent) == (lease.job.id, 2, 0)
         assert second.job.due_at is None
 
@@ -411,6 +526,58 @@ async def test_positions_count_from_the_oldest(config: Config) -> None:
         assert [await b.queue.position(job_id) for job_id in ids] == [None, 1, 2]
 
 
+async def test_a_place_behind_other_users_is_never_better_than_it_looks(config: Config) -> None:
+    async with bench(config) as b:
+        ann = [await b.accepted() for _ in range(4)]
+        bob = [await b.accepted(user="bob") for _ in range(2)]
+        places = {job_id: await b.queue.position(job_id) for job_id in (*ann, *bob)}
+        assert (places[ann[0]], places[bob[0]]) == (1, 2)
+        for claimed in range(1, 7):
+            (lease,) = await b.queue.claim("w1", 1)
+            place = places[lease.job.id]
+            assert place is not None
+            assert claimed <= place <= 6
+            assert await b.queue.position(lease.job.id) is None
+
+
+async def test_operators_see_every_job_by_its_status(config: Config) -> None:
+    async with bench(config) as b:
+        done, failed, running, delayed = [await b.claimed() for _ in range(4)]
+        await b.queue.finish(done, RESULT)
+        await b.queue.bury(failed, FAILURE)
+        await b.queue.retry(delayed, FAILURE, 60)
+        await b.queue.save_part(running, SavedPart(number=1, etag="e", crcs=(1,)))
+        cancelled, *queued = [await b.accepted() for _ in range(4)]
+        await b.queue.cancel(cancelled)
+        await b.queue.wait_for_work("w2")
+        wanted = {
+            JobStatus.QUEUED: [*queued, delayed.job.id],
+            JobStatus.PROCESSING: [running.job.id],
+            JobStatus.COMPLETED: [done.job.id],
+            JobStatus.FAILED: [failed.job.id],
+            JobStatus.CANCELLED: [cancelled],
+        }
+        for status, ids in wanted.items():
+            assert [job.id for job in await b.queue.jobs_by_status(status)] == ids
+        await b.redis.hset(b.keys.job(done.job.id), "progress", "x")
+        assert await b.queue.jobs_by_status(JobStatus.COMPLETED) == []
+
+
+async def test_purge_forgets_an_ended_job_and_no_other(config: Config) -> None:
+    async with bench(config) as b:
+        failed, done, running = [await b.claimed() for _ in range(3)]
+        await b.queue.bury(failed, FAILURE)
+        await b.queue.finish(done, RESULT)
+        for lease in (failed, done):
+            await b.queue.purge(lease.job.id)
+            with pytest.raises(JobNotFound):
+                await b.queue.purge(lease.job.id)
+        with pytest.raises(JobUnfinished):
+            await b.queue.purge(running.job.id)
+        assert (await b.queue.stats()).failed == 0
+        assert await b.redis.zrange(b.keys.user_jobs("ann"), 0, -1) == [running.job.id]
+
+
 async def test_a_callers_jobs_are_listed_newest_first_page_by_page(config: Config) -> None:
     async with bench(config) as b:
         ids = [await b.accepted() for _ in range(40)]
@@ -445,11 +612,13 @@ async def test_every_change_raises_the_version_and_is_published(config: Config) 
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2)
                 if message:
                     events.append(msgspec.json.decode(message["data"]))
-        assert [(e["version"], e["status"], e["progress"]) for e in events] == [
-            (2, "processing", 0),
-            (3, "processing", 10),
-            (4, "completed", 100),
+        assert [(e["status"], e["progress"]) for e in events] == [
+            ("processing", 0),
+            ("processing", 10),
+            ("completed", 100),
         ]
+        assert len({e["version"] for e in events}) == 3
+        assert events == sorted(events, key=lambda e: e["version"])
         assert set(events[0]) == {
             "version", "status", "progress", "currentFile", "totalFiles", "stage", "message", "attempts",
             "bytesDone", "bytesTotal", "updatedAt",

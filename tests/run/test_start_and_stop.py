@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from delineate.config import Config
+from delineate.config import Config, load_config
 from delineate.errors import StartupError
 from delineate.home import open_home
 from delineate.seed import SAMPLES, put_samples
@@ -86,7 +86,7 @@ def test_bad_variable_is_one_line(make_up: MakeUp, environ: dict[str, str], said
 def test_supervisord_holds_the_socket_of_an_ipv4_address(tmp_path: Path, host: str, held: str) -> None:
     given = {"DELINEATE_CONF_DIR": str(ROOT / "conf"), "DELINEATE__API__HOST": host, "DELINEATE__API__PORT": "3000"}
     with open_home(tmp_path / "home") as home:
-        environ = embedded_environment(home, given, tmp_path / "supervisor.sock")
+        environ = embedded_environment(home, given, tmp_path / "supervisor.sock", load_config(given))
     assert environ["DELINEATE_API_SOCKET"].startswith(held)
 
 
@@ -147,6 +147,12 @@ def test_own_redis_and_s3_are_used_instead_of_embedded_ones(make_up: MakeUp, con
     states = {line.split()[0]: line.split()[1] for line in up.supervisorctl("status").splitlines()}
     assert states["redis"] == states["s3"] == "STOPPED"
     assert up.stop() == 0
+
+
+def test_the_embedded_redis_follows_the_configured_durability(make_up: MakeUp) -> None:
+    up = make_up(DELINEATE__QUEUE__DURABILITY="always")
+    up.start()  # the API and the workers refuse a Redis that does not sync every write
+    assert 'appendfsync "always"' in (up.home / "redis" / "redis.conf").read_text()
 
 
 def test_stop_in_the_middle_of_a_job_takes_seconds_and_the_job_goes_on(make_up: MakeUp) -> None:

@@ -23,6 +23,7 @@ from delineate.config import Config
 from delineate.embedded import redis_command, s3_command, s3_environment
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Queue, open_queue
+from delineate.queue.progress import open_job_events
 from delineate.storage import Storage, open_storage
 from delineate.worker.loop import Worker
 from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port
@@ -86,14 +87,15 @@ async def bench(config: Config) -> AsyncIterator[Bench]:
 @asynccontextmanager
 async def working(b: Bench, config: Config | None = None) -> AsyncIterator[Worker]:
     """A worker in this process, drained at the end."""
-    worker = Worker(config or b.config, b.queue, b.storage)
-    stop = asyncio.Event()
-    task = asyncio.create_task(worker.run(stop))
-    try:
-        yield worker
-    finally:
-        stop.set()
-        await task
+    async with open_job_events(b.config) as events:
+        worker = Worker(config or b.config, b.queue, b.storage, events)
+        stop = asyncio.Event()
+        task = asyncio.create_task(worker.run(stop))
+        try:
+            yield worker
+        finally:
+            stop.set()
+            await task
 
 
 def worker_process(config: Config, log: Path, command: str = "worker", **environ: str) -> subprocess.Popen[bytes]:

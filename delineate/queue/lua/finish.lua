@@ -12,7 +12,7 @@ if state == 'completed' then return 2 end
 if state ~= 'held' then return 0 end
 local now = clock()
 redis.call('HSET', job, 'status', 'completed', 'stage', 'done', 'message', ARGV[4], 'result', ARGV[3],
-  'completed_at', now, 'progress', 100, 'current_file', redis.call('HGET', job, 'total_files'),
+  'completed_at', digits(now), 'progress', 100, 'current_file', redis.call('HGET', job, 'total_files'),
   'bytes_done', redis.call('HGET', job, 'bytes_total'))
 redis.call('HDEL', job, 'error', 'upload')
 redis.call('DEL', job .. ':parts')

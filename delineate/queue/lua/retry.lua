@@ -13,7 +13,7 @@ if state ~= 'held' then return 0 end
 local now = clock()
 local due = now + math.floor(tonumber(ARGV[3]))
 set_waiting(job, ARGV[5])
-redis.call('HSET', job, 'error', ARGV[4], 'due_at', due)
+redis.call('HSET', job, 'error', ARGV[4], 'due_at', digits(due))
 redis.call('LREM', active, -1, id)
 redis.call('ZADD', delayed, due, id)
 publish(job, now)
