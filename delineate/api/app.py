@@ -242,7 +242,7 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
             await queue.check_server()
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
         async with asyncio.TaskGroup() as beside:
-            announcing = beside.create_task(_announce(api.services.checks, ready_file))
+            announcing = beside.create_task(_announce(Checks(queue, storage), ready_file))
             await stop.wait()
             announcing.cancel()
         _log.info("draining", extra={"context": {"streams": len(api.services.streams)}})
@@ -251,6 +251,7 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
 
 async def _announce(checks: Checks, ready_file: Path | None) -> NoReturn:
     """Say that this process works, once storage and Redis have answered: without them it is no good successor."""
+    # Its own Checks: those of /health would remember for a second that there were no workers yet.
     needed = {"storage": "ok", "redis": "ok"}.items()
     while not needed <= (await checks.look()).items():  # noqa: ASYNC110  # other machines' state has no event
         await asyncio.sleep(READY_SECONDS)
