@@ -103,7 +103,7 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
         home = Home(path, _read_settings(path / "settings.json"))
         _choose_ports(home)
         home.fatal.unlink(missing_ok=True)
-        for file in (path / "metrics").glob("*.db"):
+        for file in (*(path / "metrics").glob("*.db"), *(path / "run").glob("*.ready")):
             file.unlink()
         # From here on it is shared with the processes that are started (tether.hold).
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

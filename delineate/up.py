@@ -201,12 +201,21 @@ class _Run:
                 raise StartupError(f"no sample files, stopped again: {error} ({error.__cause__})") from error
         answer = "no answer"
         while time.monotonic() < started + START_SECONDS:
-            healthy, answer = await asyncio.to_thread(_health, self._config)
-            if healthy:
-                print(self._summary(time.monotonic() - started), flush=True)
-                return
+            # Each process first: /health of one remembers for a second what was missing when another's is fine.
+            if missing := self._not_ready():
+                answer = f"nothing, {', '.join(missing)} not being ready"
+            else:
+                healthy, answer = await asyncio.to_thread(_health, self._config)
+                if healthy:
+                    print(self._summary(time.monotonic() - started), flush=True)
+                    return
             await asyncio.sleep(0.05)
         raise StartupError(f"not healthy within {START_SECONDS} s, stopped again; /health said: {answer}")
+
+    def _not_ready(self) -> list[str]:
+        counts = (("api", "DELINEATE_API_PROCESSES"), ("worker", "DELINEATE_WORKER_PROCESSES"))
+        names = [f"{kind}_{number:02d}" for kind, count in counts for number in range(int(self._environ[count]))]
+        return [name for name in names if not (self._home.path / "run" / f"{name}.ready").exists()]
 
     async def _seed(self) -> None:
         from delineate.seed import SAMPLES, put_samples, seed

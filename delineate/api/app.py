@@ -239,7 +239,7 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
         listening(api, sockets),
     ):
         _log.info("serving", extra={"context": {"host": config.api.host, "port": config.api.port}})
-        announcing = asyncio.create_task(_announce(queue, api.services.checks, ready_file))
+        announcing = asyncio.create_task(_announce(queue, Checks(queue, storage), ready_file))
         stopping = asyncio.create_task(stop.wait())
         try:
             # Announcing never ends, but for an error.
@@ -264,6 +264,7 @@ async def _announce(queue: Queue, checks: Checks, ready_file: Path | None) -> No
             await queue.check_server()
             break
         await asyncio.sleep(READY_SECONDS)
+    # `checks` are its own: those of /health would remember for a second that there were no workers yet.
     needed = {"storage": "ok", "redis": "ok"}.items()
     while not needed <= (await checks.look()).items():  # noqa: ASYNC110  # other machines' state has no event
         await asyncio.sleep(READY_SECONDS)
