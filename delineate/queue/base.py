@@ -41,6 +41,8 @@ class Connected:
         self._blocking = blocking
         self._keys = Keys(config.redis.prefix)
         self._scripts = Scripts(commands, self._keys)
+        # On the client with hardly any traffic: a heartbeat must not stand in line for a connection.
+        self._urgent = Scripts(blocking, self._keys)
 
     async def get(self, job_id: str) -> Job | None:
         """Raises CorruptRecord if its record is damaged."""

@@ -37,7 +37,7 @@ class Leases(Connected):
     async def _beat(self, worker: str, *, register: bool, leases: list[Lease]) -> set[tuple[str, int]]:
         life_ms = int(self._config.queue.dead_after * 1000)
         try:
-            return await self._scripts.heartbeat(
+            return await self._urgent.heartbeat(
                 worker, life_ms, register=register, holds=[_hold(lease) for lease in leases]
             )
         except Fenced:
