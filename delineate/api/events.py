@@ -76,7 +76,7 @@ class EventStream(Answer):
             headers=(("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")),
         )
         self._feeds, self._feed, self._streams = feeds, feed, streams
-        self._sent = -1
+        self._sent = (-1, 0)
         self._blocked_since: float | None = None
         self._ending = False
         self._place = -1
@@ -100,7 +100,7 @@ class EventStream(Answer):
         stream.set_nodelay(True)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(config.max_duration, self.end_with_retry)
-        self._sent = self._feed.version
+        self._sent = self._feed.state
         self._write(b"%bretry: %d\n\n%b" % (head, config.retry * 1000, self._feed.frame))
         if self._feed.final:
             self._end()
@@ -110,8 +110,8 @@ class EventStream(Answer):
         feed = self._feed
         if feed.gone:
             self.end_with_retry()
-        elif feed.version > self._sent and self._blocked_since is None and not self._ending:
-            self._sent = feed.version
+        elif feed.state != self._sent and self._blocked_since is None and not self._ending:
+            self._sent = feed.state
             self._write(feed.frame)
             if feed.final:
                 self._end()
