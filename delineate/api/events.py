@@ -76,7 +76,7 @@ class EventStream(Answer):
             headers=(("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")),
         )
         self._feeds, self._feed, self._streams = feeds, feed, streams
-        self._sent = (-1, False)
+        self._sent = (-1, 0)
         self._blocked_since: float | None = None
         self._ending = False
         self._place = -1

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from delineate.api.documents import event_document, job_document, progress_document
 from delineate.api.handler import encode_json
 from delineate.api.links import Link, Links
-from delineate.errors import DelineateError, JobNotFound
+from delineate.errors import DelineateError, JobNotFound, QueueUnavailable
 from delineate.job import Job, JobStatus
 from delineate.queue import Queue
 from delineate.queue.progress import JobEvent, JobEvents
@@ -24,25 +24,38 @@ from delineate.queue.progress import JobEvent, JobEvents
 _log = logging.getLogger(__name__)
 
 REREAD_BACKOFF_SECONDS = 1.0
+# When Redis is back every feed reads its job again; the others' requests need connections too meanwhile.
+REREADS_AT_ONCE = 16
 
 
 class Feed:
     """One job's present state: `frame` is its SSE event, `version` that event's id, `gone` that its record ended.
 
-    Versions only grow, except when events were missed (`unsure`): then Redis may
-    have forgotten the newest ones, in a failover or a power cut, and they come again.
-    `watchers` are called, on the event loop, whenever there is something newer.
+    `state` differs for every transition, also where versions go back because the
+    clock of a new master is behind. `watchers` are called, on the event
+    loop, whenever there is something newer.
     """
 
     __slots__ = (
-        *("dirty", "frame", "gone", "job", "job_id", "link"),
-        *("opened", "reader", "unsure", "users", "version", "watchers"),
+        "dirty",
+        "frame",
+        "gone",
+        "job",
+        "job_id",
+        "link",
+        "opened",
+        "reader",
+        "state",
+        "users",
+        "version",
+        "watchers",
     )
     opened: asyncio.Task[None]
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
         self.version = -1
+        self.state = (-1, 0)  # version and time (ms)
         self.frame = b""
         self.gone = False
         self.job: Job | None = None  # as it was last read; the final state, once it is final
@@ -50,7 +63,6 @@ class Feed:
         self.users = 0
         self.watchers: set[Callable[[], None]] = set()
         self.dirty = False
-        self.unsure = False
         self.reader: asyncio.Task[None] | None = None
 
     @property
@@ -58,11 +70,6 @@ class Feed:
         """The job, if it has ended and that is still its newest version."""
         job = self.job
         return job if job is not None and job.version == self.version and job.status.is_final else None
-
-    @property
-    def state(self) -> tuple[int, bool]:
-        """Differs whenever `frame` has something new."""
-        return self.version, self.final is not None
 
     def show(self) -> None:
         for watcher in tuple(self.watchers):
@@ -78,6 +85,7 @@ class Feeds:
         self._links = links
         self._feeds: dict[str, Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rereads = asyncio.Semaphore(REREADS_AT_ONCE)
         # One listener a job, kept because unsubscribe needs the same object again.
         self._listeners: dict[str, Callable[[JobEvent | None], None]] = {}
 
@@ -93,6 +101,8 @@ class Feeds:
         if feed is None:
             feed = self._feeds[job_id] = Feed(job_id)
             feed.opened = self._own(self._open(feed))
+        else:
+            self._events.check()  # what it shows may be old by now; those who have it already are told when it changes
         feed.users += 1
         try:
             # Shielded: others wait for the same first reading.
@@ -146,16 +156,18 @@ class Feeds:
             raise
 
     def _hear(self, feed: Feed, event: JobEvent | None) -> None:
-        if event is None:
-            feed.unsure = True
-        elif event.version <= feed.version and not feed.unsure:
+        if event is not None and event.version <= feed.version:
             return
         if event is None or event.status.is_final:
+            if event is None:
+                # This may be another master, whose clock is behind: from here on its versions
+                # count, or the job's end would pass for old.
+                feed.version = -1
             feed.dirty = True
             if feed.reader is None and feed.opened.done():
                 feed.reader = self._own(self._reread(feed))
             return
-        feed.version, feed.unsure = event.version, False
+        feed.version, feed.state = event.version, (event.version, event.updated_at)
         feed.frame = _frame(event.version, "progress", event_document(feed.job_id, event))
         feed.show()
 
@@ -165,30 +177,33 @@ class Feeds:
             while feed.dirty:
                 feed.dirty = False
                 try:
-                    await self._read(feed)
+                    async with self._rereads:
+                        await self._read(feed)
                 except Exception as error:
                     # Whatever it was, the streams still wait for the end of the job.
                     bug = None if isinstance(error, DelineateError) else error
                     context = {"jobId": feed.job_id}
-                    _log.warning("a followed job cannot be read: %s", error, exc_info=bug, extra={"context": context})
+                    # An outage is reported where it is noticed, once, and not for every job that is followed.
+                    level = logging.DEBUG if isinstance(error, QueueUnavailable) else logging.WARNING
+                    _log.log(
+                        level, "a followed job cannot be read: %s", error, exc_info=bug, extra={"context": context}
+                    )
                     feed.dirty = True
                     await asyncio.sleep(REREAD_BACKOFF_SECONDS * random.uniform(0.5, 1.5))
         finally:
             feed.reader = None
 
     async def _read(self, feed: Feed) -> None:
-        unsure = feed.unsure
         job = await self._queue.get(feed.job_id)
         if job is None:
             feed.gone = True
             feed.show()
             return
         link = await self._links.link(job) if job.status is JobStatus.COMPLETED else None
-        if job.version < feed.version and not (unsure and feed.unsure):
+        if job.version < feed.version:
             return  # an event overtook this reading
-        if unsure:
-            feed.unsure = False
         feed.job, feed.link, feed.version = job, link, job.version
+        feed.state = (job.version, round(job.updated_at * 1000))
         if job.status.is_final:
             document = job_document(job, link=link, with_filename=True)
             feed.frame = _frame(job.version, job.status.value, document)

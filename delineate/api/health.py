@@ -38,14 +38,15 @@ class Checks:
         """`storage`, `redis` and `workers`, each `ok` or `error`."""
         async with self._lock:
             if time.monotonic() - self._looked_at > CACHE_SECONDS:
-                storage, self.stats = await asyncio.gather(
+                storage, writes, self.stats = await asyncio.gather(
                     _within(self._check_storage()),
+                    _within(self._check_writes()),
                     _within(self._queue.stats()),
                 )
                 workers = self.stats is not None and self.stats.workers > 0
                 self._known = {
                     "storage": _word(storage is True),
-                    "redis": _word(self.stats is not None),
+                    "redis": _word(writes is True and self.stats is not None),
                     "workers": _word(workers),
                 }
                 self._looked_at = time.monotonic()
@@ -53,6 +54,10 @@ class Checks:
 
     async def _check_storage(self) -> bool:
         await self._storage.check()
+        return True
+
+    async def _check_writes(self) -> bool:
+        await self._queue.check_writes()
         return True
 
 

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import redis.exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from delineate.config import RedisConfig
 from delineate.errors import QueueUnavailable
+from delineate.queue.pool import Pool
 from delineate.queue.sentinels import master_pool
 
 _CANNOT_SERVE = (
@@ -28,6 +29,8 @@ _CANNOT_SERVE = (
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ReadOnlyError,
     redis.exceptions.ClusterDownError,
+    # Flushed, or Redis restarted, between loading a script and calling it; the next try loads it again.
+    redis.exceptions.NoScriptError,
 )
 # redis-py has no class of its own for these (UNBLOCKED: a failover ended a blocking command); https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
 # Redis 6 wraps what a script meets: "ERR Error running script (...): -OOM command not allowed ...".
@@ -56,8 +59,7 @@ def connect(config: RedisConfig, *, reply_timeout: float | None = None) -> Redis
     }
     if config.sentinels:
         return Redis.from_pool(master_pool(config, options))
-    # A pool that lets a burst wait for a connection: the default one would answer it with an error.
-    return Redis.from_pool(BlockingConnectionPool.from_url(config.url, **options))
+    return Redis.from_pool(Pool.from_url(config.url, **options))
 
 
 @contextmanager

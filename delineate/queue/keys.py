@@ -19,6 +19,7 @@ transition finds everything it touches in one slot.
                                   that time, kept for a while so that a late BLMOVE into its list is found
     idem:{user}:{key}     string  "<fingerprint> <job id>" of an Idempotency-Key; 24 h
     limit:{caller}        string  state of a caller's rate limit; one window
+    queue:none            list    never exists; see Queue.check_writes
     channel job:{id}      pub/sub versioned events
     channel worker:{id}   pub/sub empty messages: look at your leases
 """
@@ -41,6 +42,7 @@ class Keys:
         self.failed = f"{self.base}queue:failed"
         self.abandoned = f"{self.base}queue:abandoned"
         self.workers = f"{self.base}queue:workers"
+        self.none = f"{self.base}queue:none"
 
     def job(self, job_id: str) -> str:
         return f"{self.base}job:{job_id}"

@@ -86,6 +86,7 @@ class JobEvents:
         self._ping_due = False
         self._stopping = asyncio.Event()
         self._outage: QueueUnavailable | None = None
+        self._backoff = FIRST_BACKOFF_SECONDS
         # Always subscribed, never published on: the connection stays in pub/sub mode, so reading always works.
         self._idle_channel = keys.channel("-")
 
@@ -103,8 +104,7 @@ class JobEvents:
         await self._subscribe(self._keys.worker_channel(worker), listener)
 
     async def _subscribe(self, channel: str, listener: Listener) -> None:
-        if self._outage is not None:
-            raise QueueUnavailable(str(self._outage)) from self._outage
+        self.check()
         topic = self._topics.get(channel)
         if topic is None:
             topic = self._topics[channel] = _Topic(asyncio.get_running_loop().create_future())
@@ -133,6 +133,11 @@ class JobEvents:
         if topic is not None:
             self._remove(channel, topic, listener)
 
+    def check(self) -> None:
+        """Raises QueueUnavailable if events are known not to arrive now."""
+        if self._outage is not None:
+            raise QueueUnavailable(str(self._outage)) from self._outage
+
     @property
     def jobs(self) -> int:
         """How many jobs are listened to."""
@@ -151,14 +156,12 @@ class JobEvents:
 
     async def run(self) -> None:
         """Keep one connection until `stop`; owned by `open_job_events`."""
-        backoff = FIRST_BACKOFF_SECONDS
         while not self._stopping.is_set():
             pubsub = self._client.pubsub()
             try:
                 await self._resubscribe(pubsub)
                 if self._stopping.is_set():
                     return
-                backoff = FIRST_BACKOFF_SECONDS
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._read(pubsub))
                     group.create_task(self._write(pubsub))
@@ -169,8 +172,8 @@ class JobEvents:
                 with suppress(redis.exceptions.RedisError, OSError):
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
             # Jitter, so that the processes of a fleet do not all come back in the same instant.
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-            backoff = min(backoff * 2, LONGEST_BACKOFF_SECONDS)
+            await asyncio.sleep(self._backoff * random.uniform(0.5, 1.0))
+            self._backoff = min(self._backoff * 2, LONGEST_BACKOFF_SECONDS)
 
     async def stop(self, owner: asyncio.Task[None]) -> None:
         self._stopping.set()  # beside the cancellation, which may be lost: see _end_if_cancelled
@@ -183,6 +186,11 @@ class JobEvents:
         self._unacknowledged.clear()
         self._changed.clear()
         await self._tell(pubsub, "SUBSCRIBE", [self._idle_channel, *self._topics])
+
+    def _recover(self) -> None:
+        """Redis has answered. That a connection was opened and written to says nothing: a Redis
+        that hangs and a proxy whose Redis is away let that happen too."""
+        self._backoff = FIRST_BACKOFF_SECONDS
         if self._outage is not None:
             _log.info("progress events: Redis is back", extra={"context": {"jobs": len(self._topics)}})
             self._outage = None
@@ -231,7 +239,7 @@ class JobEvents:
             _end_if_cancelled()
 
     async def _read(self, pubsub: PubSub) -> NoReturn:
-        silent = False
+        silent = True  # asked already: SUBSCRIBE has an answer
         events = 0
         while True:
             reply: list[Any] | None = await pubsub.parse_response(block=False, timeout=self._timeout)
@@ -239,11 +247,12 @@ class JobEvents:
             if reply is None:
                 # A connection that died without a word (a cable, a firewall) is silent like an idle one: ask.
                 if silent:
-                    raise TimeoutError("no answer to PING")
+                    raise TimeoutError("no answer")
                 silent = self._ping_due = True
                 self._wake.set()
                 continue
             silent = False
+            self._recover()
             kind, channel, data = (*reply, "", "")[:3]
             if kind == "message":
                 self._publish(channel, data)

@@ -16,6 +16,14 @@ from delineate.queue.upkeep import Upkeep
 class Queue(Intake, Leases, Upkeep, Operations):
     """Made by `open_queue`. Methods raise QueueUnavailable when Redis cannot serve."""
 
+    async def check_writes(self) -> None:
+        """See that Redis takes writes: demoted, out of memory or out of disk it still answers all that only reads.
+
+        LPUSHX on a list that never exists is refused like any other write, and writes nothing.
+        """
+        key = self._keys.none
+        await self._repeat("writing to Redis", lambda: self._commands.lpushx(key, ""))
+
 
 @asynccontextmanager
 async def open_queue(config: Config) -> AsyncIterator[Queue]:

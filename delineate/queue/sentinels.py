@@ -1,7 +1,7 @@
 """Connections to whichever Redis is the master now, found through Redis Sentinel.
 
 What Redis asks of a client is done whenever a connection is opened: ask the
-sentinels, connect, see by ROLE that it is a master. A connection is dropped
+sentinels, connect, see by ROLE that it is a master. A connection is dropped (pool.py)
 when its server turns out to be none any more, so that the next call asks again.
 Source: https://redis.io/docs/latest/develop/reference/sentinel-clients/
 
@@ -12,19 +12,17 @@ that another task may have taken a moment before.
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import Connection, SSLConnection, parse_url
-from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ConnectionError, RedisError
 
 from delineate.config import RedisConfig, split_address
+from delineate.queue.pool import Pool
 
 # Connections of one client to one sentinel: a burst of new connections waits for its turn.
 _CONNECTIONS = 4
-# NOREPLICAS: a master cut off from its replicas, which may have another one by now. Redis 6 wraps these in a script.
-_NOT_A_MASTER = re.compile(r"(?:^|: -)(?:READONLY|MASTERDOWN|NOREPLICAS)\b")
 
 
 class Masters:
@@ -98,20 +96,12 @@ class _Connection(Connection):
         self.host, self.port = await self._masters.find()
         await super()._connect()  # type: ignore[no-untyped-call]
 
-    async def read_response(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return await super().read_response(*arguments, **options)
-        except ResponseError as error:
-            if isinstance(error, (ReadOnlyError, MasterDownError)) or _NOT_A_MASTER.search(str(error)):
-                await self.disconnect(nowait=True)
-            raise
-
 
 class _TlsConnection(_Connection, SSLConnection):
     pass
 
 
-class _MasterPool(BlockingConnectionPool):
+class _MasterPool(Pool):
     def __init__(self, masters: Masters, **options: Any) -> None:
         super().__init__(masters=masters, **options)
         self._masters = masters

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 AUDIT_SECONDS = 30.0
 HAND_BACK_SECONDS = 2.0
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 2.0
 
 
 async def serve(config: Config, ready_file: Path | None = None) -> None:
@@ -78,7 +79,7 @@ class Worker:
             return
         janitor = Janitor(self._queue, self._storage, self._config)
         async with (
-            beside(self._heartbeat_forever()) as heartbeat,
+            beside(self._heartbeat_forever(janitor)) as heartbeat,
             beside(self._listen_forever()) as listening,
             beside(janitor.run()) as tidying,
             beside(janitor.abort_uploads_forever()) as aborting,
@@ -113,6 +114,7 @@ class Worker:
     async def _fetch_forever(self) -> None:
         unsure = False
         audited = time.monotonic()
+        wait = FIRST_WAIT_SECONDS
         while True:
             free = self._config.worker.concurrency - len(self._running)
             if free <= 0:
@@ -127,6 +129,7 @@ class Worker:
                     unsure, audited = False, time.monotonic()
                 else:
                     await self._claim(free)
+                wait = FIRST_WAIT_SECONDS
             except LeaseLost:
                 # The heartbeat notices the same and gives this worker a new id. What came under the old one goes back.
                 await self._retire(worker)
@@ -136,8 +139,10 @@ class Worker:
             except QueueUnavailable as error:
                 # A reply may have been lost, and with it a job that now lies in our list.
                 unsure = True
-                log.warning("%s", error)
-                await asyncio.sleep(random.uniform(0.2, 1))
+                # Said once an outage; the heartbeat says when it is over.
+                log.log(logging.WARNING if wait == FIRST_WAIT_SECONDS else logging.DEBUG, "%s", error)
+                await asyncio.sleep(wait * random.uniform(0.5, 1))
+                wait = min(wait * 2, LONGEST_WAIT_SECONDS)
 
     async def _claim(self, free: int) -> None:
         worker = self.id  # one id for all three calls: the heartbeat may change it in between
@@ -170,12 +175,14 @@ class Worker:
         del self._running[attempt.lease.job.id, attempt.lease.token]
         self._slot_freed.set()
 
-    async def _heartbeat_forever(self) -> None:
+    async def _heartbeat_forever(self, janitor: Janitor) -> None:
         interval = self._config.queue.heartbeat
         reachable = True
         while True:
+            # Sooner while Redis is away, and with jitter: a fleet's workers must not all come back in one instant.
+            wait = interval if reachable else interval / 4 * random.uniform(0.5, 1.5)
             with suppress(TimeoutError):
-                async with asyncio.timeout(interval if reachable else interval / 4):
+                async with asyncio.timeout(wait):
                     await self._look_now.wait()
             self._look_now.clear()
             try:
@@ -184,10 +191,13 @@ class Worker:
                 if reachable:
                     log.warning("%s; jobs go on", error)
                 reachable = False
+                janitor.pause_reaping()
                 continue
             except LeaseLost:
                 await self._start_over()
                 lost = set()
+            if not reachable:
+                log.info("Redis is back", extra={"context": {"worker": self.id}})
             reachable = True
             for lease in lost & self._running.keys():
                 self._running[lease].lose()

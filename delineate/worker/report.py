@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable
 
 from delineate.errors import LeaseLost, QueueUnavailable
@@ -15,6 +16,9 @@ from delineate.job import Lease, Progress, Stage
 from delineate.queue import Queue
 
 log = logging.getLogger(__name__)
+
+LONGEST_WAIT_SECONDS = 2.0
+
 Report = Callable[[Progress], None]
 
 
@@ -36,6 +40,7 @@ class Reporter:
             self._news.set()
 
     async def run(self) -> None:
+        wait = self._interval
         while True:
             await self._news.wait()
             self._news.clear()
@@ -47,10 +52,14 @@ class Reporter:
                 self._on_lost()
                 return
             except QueueUnavailable as error:
-                # Progress is worth no retry of its own: the next value replaces this one.
+                # The newest value is sent when Redis is back, and Redis is not asked ten times a second meanwhile.
                 log.debug("%s", error, extra={"context": {"jobId": self._lease.job.id}})
                 self._news.set()
-            await asyncio.sleep(self._interval)
+                wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+                await asyncio.sleep(wait * random.uniform(0.5, 1))
+            else:
+                wait = self._interval
+                await asyncio.sleep(wait)
 
 
 def planning(done: int, total: int) -> Progress:

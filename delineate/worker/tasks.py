@@ -13,6 +13,8 @@ from delineate.errors import QueueUnavailable
 
 log = logging.getLogger(__name__)
 
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 5.0
+
 
 @asynccontextmanager
 async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[asyncio.Task[object]]:
@@ -30,15 +32,16 @@ async def beside(work: Coroutine[object, object, object]) -> AsyncIterator[async
 
 
 async def until_recorded(call: Callable[[], Awaitable[None]], on_wait: Callable[[QueueUnavailable], None]) -> None:
-    """Make `call` until Redis has taken it, however long it is away; `on_wait` hears of each failure."""
-    wait = 0.2
+    """Make `call` until Redis has taken it, however long it is away; `on_wait` hears of the first failure."""
+    wait = FIRST_WAIT_SECONDS
     while True:
         try:
             return await call()
         except QueueUnavailable as error:
-            on_wait(error)
+            if wait == FIRST_WAIT_SECONDS:
+                on_wait(error)
             await asyncio.sleep(wait * random.uniform(0.5, 1))
-            wait = min(wait * 2, 5.0)
+            wait = min(wait * 2, LONGEST_WAIT_SECONDS)
 
 
 async def end(tasks: Collection[asyncio.Task[Any]], repeat_seconds: float = 0.5) -> None:

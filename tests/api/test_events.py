@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import cast
+from contextlib import AsyncExitStack
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
 
+from delineate.api.feeds import REREADS_AT_ONCE
 from delineate.config import Config
+from delineate.job import Job
 from delineate.queue.connection import connect
 from delineate.queue.keys import Keys
 from tests.api.running import (
@@ -298,3 +301,49 @@ async def test_drain_ends_streams_cleanly(config: Config) -> None:
             names = [event.name async for event in events]
         assert names == ["retry"]
         await until(lambda: streams(running) == 0, "the end of the stream")
+
+
+async def test_stream_ends_with_its_job_although_redis_forgot_its_last_seconds(config: Config) -> None:
+    """As after a failover to a replica that lagged and whose clock is behind: older versions come once more."""
+    async with running_api(config) as running, connect(config.redis) as redis:
+        lease = await running.claimed()
+        key = Keys(config.redis.prefix).job(lease.job.id)
+        async with running.stream(lease.job.id) as events:
+            await next_event(events)
+            remembered: dict[Any, Any] = {name: str(value) for name, value in (await redis.hgetall(key)).items()}
+            await redis.hincrby(key, "version", 60_000)
+            await running.report(lease, 50)
+            shown = await next_event(events)
+            assert shown.data["progress"] == 50
+            await redis.hset(key, mapping=remembered)
+            await kill_pubsub(config)
+            await running.queue.finish(lease, result())
+            last = await next_event(events)
+            while last.name == "progress":
+                last = await next_event(events)
+            assert last.name == "completed"
+            assert int(last.id) < int(shown.id)
+
+
+async def test_streams_look_again_a_few_at_a_time(config: Config) -> None:
+    """When Redis is back, those who ask for something are not behind everybody who watches."""
+    async with running_api(config) as running, AsyncExitStack() as stack:
+        feeds = [await running.api.services.feeds.join((await running.queued()).id) for _ in range(60)]
+        for feed in feeds:
+            stack.callback(running.api.services.feeds.leave, feed)
+        get, reading, most, looked = running.queue.get, 0, 0, 0
+
+        async def counting(job_id: str) -> Job | None:
+            nonlocal reading, most, looked
+            reading += 1
+            most = max(most, reading)
+            try:
+                return await get(job_id)
+            finally:
+                reading -= 1
+                looked += 1
+
+        running.queue.get = counting  # type: ignore[method-assign]
+        await kill_pubsub(config)
+        await until(lambda: looked == len(feeds), "a look at every job")
+        assert most <= REREADS_AT_ONCE

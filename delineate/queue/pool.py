@@ -1,0 +1,55 @@
+"""Connections that notice what redis-py's own do not: that they lead to the wrong server, or nowhere."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.connection import AbstractConnection, Connection
+from redis.exceptions import ConnectionError, MasterDownError, ReadOnlyError, ResponseError
+
+# NOREPLICAS: a master cut off from its replicas, which may have another one by now. Redis 6 wraps these in a script.
+_NOT_A_MASTER = re.compile(r"(?:^|: -)(?:READONLY|MASTERDOWN|NOREPLICAS)\b")
+
+
+class Pool(BlockingConnectionPool):
+    """Lets a burst wait for a connection; the default pool would answer it with an error.
+
+    A connection that broke takes the idle ones along, which lead to the same
+    server: after a failover, or a firewall that forgot them all, each of those
+    would cost one request its time.
+    """
+
+    def __init__(self, *, connection_class: type[AbstractConnection] = Connection, **options: Any) -> None:
+        mended = type(connection_class.__name__, (_Mended, connection_class), {})
+        super().__init__(connection_class=mended, **options)
+
+    async def release(self, connection: AbstractConnection) -> None:
+        broken = not connection.is_connected
+        await super().release(connection)
+        if broken:
+            # Not the pool's own disconnect(): it closes them a moment later, when one may be in use again.
+            for idle in tuple(self._available_connections):
+                await idle.disconnect(nowait=True)
+
+
+class _Mended:
+    """In front of every class of connections."""
+
+    async def send_packed_command(self, *arguments: Any, **options: Any) -> None:
+        try:
+            await super().send_packed_command(*arguments, **options)  # type: ignore[misc]
+        except RuntimeError as error:
+            # What uvloop says of a connection that the other side closed right after it was opened.
+            raise ConnectionError(str(error)) from error
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*arguments, **options)  # type: ignore[misc]
+        except ResponseError as error:
+            # After a failover behind one name or address, connections to the old master stay open, and it
+            # refuses writes for as long as they do. The next one leads to the new master.
+            if isinstance(error, (ReadOnlyError, MasterDownError)) or _NOT_A_MASTER.search(str(error)):
+                await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise
