@@ -69,7 +69,9 @@ class ArchiveUpload:
 
     async def put_part(self, number: int, body: memoryview) -> str:
         current = self._opened()
-        return await self._storage.put_part(current.key, current.upload_id, number, body)
+        etag = await self._storage.put_part(current.key, current.upload_id, number, body)
+        log.debug("part stored", extra={"context": {**self._context, "uploadId": current.upload_id, "part": number}})
+        return etag
 
     async def save(self, receipt: PartReceipt) -> None:
         """Remember a part. Without Redis it is merely sent again after a crash. Raises LeaseLost."""

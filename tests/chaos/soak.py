@@ -1,11 +1,14 @@
-"""Chaos: jobs go in at a steady rate while workers, Redis and the S3 server are killed, stopped and restarted.
+"""Chaos: clients ask for exports at a steady rate while everything behind them is killed, paused and restarted.
 
     make soak MINUTES=10        or: python -m tests.chaos.soak --minutes 10 --seed 1
 
-Real processes throughout. Faults are drawn at random from FAULTS, one after
-the other. At the end everything is left alone until every accepted job has
-ended; each completed archive is then compared byte by byte with its files.
-Prints a summary and exits with 1 if a job was lost, stuck, wrong, or failed.
+Real processes throughout: two API processes, three workers, a Redis, an S3
+server. Clients repeat a POST with its Idempotency-Key until it is answered
+with 200, and follow half of the jobs by SSE. Faults are drawn at random, one
+after the other. At the end everything is left alone until every accepted job
+has ended; each completed archive is then compared byte by byte with its files.
+Prints a summary and exits with 1 if a job was lost, doubled, stuck, wrong or
+failed, or if a stream did not show the end of its job.
 """
 
 from __future__ import annotations
@@ -16,195 +19,321 @@ import contextlib
 import json
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgspec
+import aiohttp
+import redis.exceptions
 
-from delineate.config import Config, load_config
-from delineate.embedded import redis_command, s3_command, s3_environment
 from delineate.errors import QueueUnavailable
-from delineate.job import Job, JobStatus, NewJob, new_job_id
+from delineate.job import Job, JobStatus
 from delineate.queue import Queue, open_queue
-from tests.conftest import CONF
-from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port
-from tests.worker.test_worker import content, worker_process
+from tests.chaos.service import Follower, Service, http
+from tests.servers import ServerProcess
+from tests.worker.test_worker import content
 
-replace = msgspec.structs.replace
-WORKERS = 3
-SETTLE_SECONDS = 120
+APIS = ("api0", "api1")
+WORKERS = ("worker0", "worker1", "worker2")
+SETTLE_SECONDS = 180
+# A run shorter than this has no long outages: they would be all of it.
+LONG_RUN_SECONDS = 60
 # Small ones are one PUT; the large ones take several parts and are what a crash interrupts.
 SIZES = [0, 1_000, 300_000, 9_000_000, 26_000_000]
+FILES = {70_100 + number: size for number, size in enumerate(SIZES * 2)}
+
+
+class Fleet(Service):
+    """A service whose processes come back, as supervisord would have it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            DELINEATE__LOG__LEVEL="debug",
+            # Patient with a store that is away for seconds: what is tested here is crashes, not giving up.
+            DELINEATE__QUEUE__ATTEMPTS="50",
+            DELINEATE__QUEUE__MAX_CRASHES="1000",
+            DELINEATE__WORKER__CONCURRENCY="3",
+            DELINEATE__WORKER__DRAIN_TIMEOUT="5",
+            # Slow enough that most faults hit jobs in the middle.
+            DELINEATE__PROCESSING__SIMULATED_DELAY__MIN="0",
+            DELINEATE__PROCESSING__SIMULATED_DELAY__MAX="1.5",
+        )
+        self.files = {file_id: content(file_id, size) for file_id, size in FILES.items()}
+        for file_id, body in self.files.items():
+            (folder / "s3" / "files" / str(file_id)).write_bytes(body)
+
+    def _mount_tmpfs(self) -> bool:
+        return False  # a long run fills a small disk
+
+    def replace(self, name: str) -> None:
+        self.kill(name)
+        self.launch(name)
+
+    def restore(self) -> None:
+        """After an interrupted fault: everything runs."""
+        for server in (self.redis, self.s3):
+            if server.process is None:
+                server.start()
+            else:
+                server.process.send_signal(signal.SIGCONT)
+        for name in (*APIS, *WORKERS):
+            process = self.processes.get(name)
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+            else:
+                self.launch(name)
+
+
+class Clients:
+    """`accepted` has what each accepted job asked for; every client is a task of its own until it is served."""
+
+    def __init__(self, session: aiohttp.ClientSession, dice: random.Random, counts: Counter[str]) -> None:
+        self._session, self._random, self._counts = session, dice, counts
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.accepted: dict[str, tuple[int, ...]] = {}
+        self.followers: list[Follower] = []
+
+    async def export_until(self, end: float) -> None:
+        while time.monotonic() < end:
+            ids = tuple(self._random.sample(sorted(FILES), self._random.randint(1, 5)))
+            task = asyncio.create_task(self._export(ids, follow=self._random.random() < 0.5))
+            self._tasks.add(task)
+            task.add_done_callback(self._served)
+            await asyncio.sleep(self._random.uniform(0.1, 0.5))
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        task.result()
+
+    async def _export(self, ids: tuple[int, ...], *, follow: bool) -> None:
+        key = str(uuid.uuid4())
+        while True:
+            try:
+                body, headers = {"file_ids": ids}, {"Idempotency-Key": key}
+                async with self._session.post("/v1/export", json=body, headers=headers) as answer:
+                    document = await answer.json()
+            except (aiohttp.ClientError, TimeoutError):
+                self._counts["POSTs cut off"] += 1
+            else:
+                if answer.status == 200:
+                    break
+                assert answer.status == 503, document
+                assert "Retry-After" in answer.headers
+                self._counts["POSTs refused with 503"] += 1
+            await asyncio.sleep(self._random.uniform(0.2, 0.6))
+        job_id: str = document["jobId"]
+        assert job_id not in self.accepted, "two keys, one job"
+        self.accepted[job_id] = ids
+        if follow:
+            self.followers.append(Follower(self._session, job_id))
+
+    async def all_served(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
+
+    async def all_told(self) -> None:
+        """Every stream has shown its job's end."""
+        waiting = {follower.task for follower in self.followers if not follower.task.done()}
+        if waiting:
+            await asyncio.wait(waiting, timeout=30)
+
+
+class Recoveries:
+    """How long it takes from a worker's end until another one has its job."""
+
+    def __init__(self, queue: Queue, counts: Counter[str]) -> None:
+        self._queue, self._counts = queue, counts
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.longest = 0.0
+        # Without those during which Redis or S3 was away, too: the promise of five seconds is about these.
+        self.longest_alone = 0.0
+        self.outages = 0
+
+    async def watch(self, pid: int) -> None:
+        """Call it right before the end of the worker with that pid."""
+        jobs = []
+        with contextlib.suppress(QueueUnavailable):
+            jobs = await self._queue.jobs_by_status(JobStatus.PROCESSING)
+        for job in jobs:
+            if f"-{pid}-" in (job.worker or ""):
+                self._counts["jobs that lost their worker"] += 1
+                task = asyncio.create_task(self._until_claimed(job, time.monotonic(), self.outages))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _until_claimed(self, lost: Job, began: float, outages: int) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            with contextlib.suppress(QueueUnavailable):
+                job = await self._queue.get(lost.id)
+                if job is None or job.status.is_final or (job.worker and job.token > lost.token):
+                    break
+        taken = time.monotonic() - began
+        self.longest = max(self.longest, taken)
+        if outages == self.outages:
+            self.longest_alone = max(self.longest_alone, taken)
+
+
+class Faults:
+    """One after the other, for ever."""
+
+    def __init__(self, fleet: Fleet, recoveries: Recoveries, dice: random.Random, counts: Counter[str]) -> None:
+        self._fleet, self._recoveries, self._random, self._counts = fleet, recoveries, dice, counts
+
+    async def run(self, *, long_ones: bool) -> None:
+        faults: list[Callable[[], Awaitable[None]]] = [
+            *(self._kill_worker, self._kill_worker, self._kill_worker, self._pause_worker, self._drain_worker),
+            *(self._kill_api, self._drain_api),
+            *(self._kill_redis, self._pause_redis, self._forget_scripts, self._restart_s3),
+        ]
+        turns = 0
+        while True:
+            await asyncio.sleep(self._random.uniform(0.3, 1.5))
+            turns += 1
+            if long_ones and turns % 15 == 0:
+                await self._random.choice((self._redis_away, self._s3_away))()
+            else:
+                await self._random.choice(faults)()
+
+    async def _kill_worker(self) -> None:
+        name = self._random.choice(WORKERS)
+        await self._recoveries.watch(self._fleet.processes[name].pid)
+        await asyncio.to_thread(self._fleet.replace, name)
+        self._counts["workers killed"] += 1
+
+    async def _pause_worker(self) -> None:
+        process = self._fleet.processes[self._random.choice(WORKERS)]
+        seconds = self._random.uniform(0.5, 6)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            process.send_signal(signal.SIGCONT)
+        self._counts["workers paused"] += 1
+
+    async def _drain_worker(self) -> None:
+        await self._drain(self._random.choice(WORKERS), "workers drained")
+
+    async def _drain_api(self) -> None:
+        await self._drain(self._random.choice(APIS), "API processes drained")
+
+    async def _drain(self, name: str, counted: str) -> None:
+        process = self._fleet.processes[name]
+        process.terminate()
+        code = await asyncio.to_thread(process.wait, 40)
+        assert code == 0, f"{name} ended with {code}"
+        self._fleet.launch(name)
+        self._counts[counted] += 1
+
+    async def _kill_api(self) -> None:
+        await asyncio.to_thread(self._fleet.replace, self._random.choice(APIS))
+        self._counts["API processes killed"] += 1
+
+    @asynccontextmanager
+    async def _outage(self, counted: str) -> AsyncIterator[None]:
+        self._recoveries.outages += 1
+        yield
+        self._recoveries.outages += 1
+        self._counts[counted] += 1
+
+    async def _kill_redis(self) -> None:
+        async with self._outage("Redis killed"):
+            await self._away(self._fleet.redis, self._fleet.redis.kill, self._random.choice([0, 0.5, 3]))
+
+    async def _pause_redis(self) -> None:
+        async with self._outage("Redis paused"):
+            process = self._fleet.redis.process
+            assert process is not None
+            process.send_signal(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(self._random.uniform(0.5, 7))
+            finally:
+                process.send_signal(signal.SIGCONT)
+
+    async def _forget_scripts(self) -> None:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            async with self._fleet.client() as client:
+                await client.script_flush()
+        self._counts["scripts flushed"] += 1
+
+    async def _restart_s3(self) -> None:
+        how = self._random.choice([self._fleet.s3.kill, self._fleet.s3.stop])
+        async with self._outage("S3 restarted"):
+            await self._away(self._fleet.s3, how, self._random.choice([0, 1]))
+
+    async def _redis_away(self) -> None:
+        async with self._outage("Redis away for 10 to 30 s"):
+            await self._away(self._fleet.redis, self._fleet.redis.kill, self._random.uniform(10, 30))
+
+    async def _s3_away(self) -> None:
+        async with self._outage("S3 away for 10 to 30 s"):
+            await self._away(self._fleet.s3, self._fleet.s3.kill, self._random.uniform(10, 30))
+
+    @staticmethod
+    async def _away(server: ServerProcess, end: Callable[[], None], seconds: float) -> None:
+        await asyncio.to_thread(end)
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(server.start)
 
 
 class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
-        self.data = folder / "s3"
-        for bucket in ("files", "archives"):
-            (self.data / bucket).mkdir(parents=True)
-        redis_port, s3_port = free_port(), free_port()
-        (folder / "redis").mkdir()
-        # "always": what was answered is on disk, so a killed Redis may lose nothing.
-        command = redis_command(folder / "redis", redis_port, "--appendfsync", "always")
-        self.redis = ServerProcess(command, redis_port, folder / "redis.log")
-        keys = s3_environment(ACCESS_KEY, SECRET_KEY)
-        self.s3 = ServerProcess(s3_command(self.data, s3_port), s3_port, folder / "s3.log", keys)
-        self.config = self._config(redis_port, s3_port)
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.accepted: dict[str, tuple[int, ...]] = {}
+        self.fleet = Fleet(folder)
+        self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.files = {70_000 + i: content(70_000 + i, size) for i, size in enumerate(SIZES * 2)}
-
-    def _config(self, redis_port: int, s3_port: int) -> Config:
-        loaded = load_config({"DELINEATE_ENV": "test"}, CONF)
-        return replace(
-            loaded,
-            redis=replace(loaded.redis, url=f"redis://127.0.0.1:{redis_port}/0"),
-            storage=replace(
-                loaded.storage,
-                endpoint_url=f"http://127.0.0.1:{s3_port}",
-                access_key_id=ACCESS_KEY,
-                secret_access_key=SECRET_KEY,
-            ),
-        )
 
     async def run(self, seconds: float) -> bool:
         """Whether every promise was kept."""
-        for file_id, body in self.files.items():
-            (self.data / "files" / str(file_id)).write_bytes(body)
         try:
-            self.redis.start()
-            self.s3.start()
-            self.workers = [self._new_worker(number) for number in range(WORKERS)]
-            async with open_queue(self.config) as queue:
-                faults = asyncio.create_task(self._break_things())
-                await self._export_until(queue, time.monotonic() + seconds)
-                faults.cancel()
-                await asyncio.gather(faults, return_exceptions=True)
-                if faults.done() and not faults.cancelled() and (error := faults.exception()):
+            await asyncio.to_thread(self.fleet.start)
+            self.fleet.launch(WORKERS[-1])
+            async with open_queue(self.fleet.config) as queue, http(self.fleet) as session:
+                clients = Clients(session, self.random, self.counts)
+                recoveries = Recoveries(queue, self.counts)
+                faults = Faults(self.fleet, recoveries, self.random, self.counts)
+                breaking = asyncio.create_task(faults.run(long_ones=seconds >= LONG_RUN_SECONDS))
+                await clients.export_until(time.monotonic() + seconds)
+                breaking.cancel()
+                await asyncio.gather(breaking, return_exceptions=True)
+                if not breaking.cancelled() and (error := breaking.exception()):
                     raise error
-                await asyncio.to_thread(self._restore)
-                return self._judge(await self._all_ended(queue))
+                await asyncio.to_thread(self.fleet.restore)
+                await clients.all_served()
+                jobs = await self._all_ended(queue, clients.accepted)
+                await clients.all_told()
+                kept = self._judge(jobs, clients)
+                self._report(len(jobs), recoveries)
+                return kept
         finally:
-            for worker in self.workers:
-                worker.kill()
-                worker.wait()
-            self.redis.stop()
-            self.s3.stop()
+            await asyncio.to_thread(self.fleet.stop)
 
-    def _new_worker(self, number: int) -> subprocess.Popen[bytes]:
-        # Patient with a store that is away for seconds: what is tested here is crashes, not giving up.
-        return worker_process(
-            self.config,
-            self.folder / f"worker{number}.log",
-            DELINEATE__QUEUE__ATTEMPTS="50",
-            DELINEATE__QUEUE__MAX_CRASHES="1000",
-            DELINEATE__LOG__LEVEL="info",
-            DELINEATE__ARCHIVE__PART_BYTES="5242880",
-            # Slow enough that most faults hit jobs in the middle.
-            DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED="true",
-            DELINEATE__PROCESSING__SIMULATED_DELAY__MIN="0",
-            DELINEATE__PROCESSING__SIMULATED_DELAY__MAX="1.5",
-        )
-
-    async def _export_until(self, queue: Queue, end: float) -> None:
-        while time.monotonic() < end:
-            ids = tuple(self.random.sample(sorted(self.files), self.random.randint(1, 5)))
-            new = NewJob(id=new_job_id(), user=f"user{self.random.randint(1, 5)}", file_ids=ids)
-            try:
-                await queue.enqueue(new)
-                self.accepted[new.id] = ids
-            except QueueUnavailable:
-                self.counts["refused"] += 1
-            await asyncio.sleep(self.random.uniform(0.1, 0.5))
-
-    async def _break_things(self) -> None:
-        faults: list[Callable[[], Awaitable[None]]] = [
-            self._kill_worker,
-            self._kill_worker,
-            self._stop_worker,
-            self._drain_worker,
-            self._kill_redis,
-            self._restart_s3,
-        ]
-        while True:
-            await asyncio.sleep(self.random.uniform(0.3, 1.5))
-            await self.random.choice(faults)()
-
-    async def _kill_worker(self) -> None:
-        number = self.random.randrange(WORKERS)
-        self.workers[number].kill()
-        await asyncio.to_thread(self.workers[number].wait)
-        self.workers[number] = self._new_worker(number)
-        self.counts["workers killed"] += 1
-
-    async def _stop_worker(self) -> None:
-        worker = self.random.choice(self.workers)
-        worker.send_signal(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(self.random.uniform(0.5, 3))
-        finally:
-            worker.send_signal(signal.SIGCONT)
-        self.counts["workers paused"] += 1
-
-    async def _drain_worker(self) -> None:
-        number = self.random.randrange(WORKERS)
-        self.workers[number].terminate()
-        code = await asyncio.to_thread(self.workers[number].wait, 30)
-        self.counts["workers drained" if code == 0 else f"workers ended with {code}"] += 1
-        self.workers[number] = self._new_worker(number)
-
-    async def _kill_redis(self) -> None:
-        await asyncio.to_thread(self.redis.kill)
-        await asyncio.sleep(self.random.choice([0, 0.5, 3]))
-        await asyncio.to_thread(self.redis.start)
-        self.counts["redis killed"] += 1
-
-    async def _restart_s3(self) -> None:
-        await asyncio.to_thread(self.random.choice([self.s3.kill, self.s3.stop]))
-        await asyncio.sleep(self.random.choice([0, 1]))
-        await asyncio.to_thread(self.s3.start)
-        self.counts["s3 restarted"] += 1
-
-    def _restore(self) -> None:
-        """After an interrupted fault: everything runs again."""
-        for server in (self.redis, self.s3):
-            if server.process is None:
-                server.start()
-        for number, worker in enumerate(self.workers):
-            if worker.poll() is not None:
-                self.workers[number] = self._new_worker(number)
-
-    async def _all_ended(self, queue: Queue) -> dict[str, Job | None]:
+    async def _all_ended(self, queue: Queue, accepted: dict[str, tuple[int, ...]]) -> dict[str, Job | None]:
         end = time.monotonic() + SETTLE_SECONDS
         while True:
-            jobs = {job_id: await queue.get(job_id) for job_id in self.accepted}
+            jobs = {job_id: await queue.get(job_id) for job_id in accepted}
             unfinished = [job for job in jobs.values() if job and not job.status.is_final]
             if not unfinished or time.monotonic() > end:
-                await self._leftovers(queue)
-                return jobs
+                break
             await asyncio.sleep(0.3)
-
-    async def _leftovers(self, queue: Queue) -> None:
-        """Nothing may be left in the lists when every job has ended; janitors get a moment for it."""
-        for _ in range(50):
+        self.counts["doubled"] = len((await self.fleet.records()).keys() - accepted.keys())
+        # Nothing may be left in the lists when every job has ended; janitors get a moment for it.
+        for _ in range(100):
             stats = await queue.stats()
             left = (stats.waiting, stats.active, stats.delayed, len(await queue.abandoned_uploads(10)))
             if not any(left):
-                return
+                break
             await asyncio.sleep(0.1)
         self.counts["left in lists"] = sum(left)
+        return jobs
 
-    def _judge(self, jobs: dict[str, Job | None]) -> bool:
-        bad = self.counts["left in lists"]
-        recoveries = 0
+    def _judge(self, jobs: dict[str, Job | None], clients: Clients) -> bool:
         for job_id, job in jobs.items():
             if job is None:
                 self.counts["lost"] += 1
@@ -212,27 +341,46 @@ class Soak:
                 self.counts["stuck"] += 1
             elif job.status is not JobStatus.COMPLETED:
                 self.counts[f"{job.status}: {job.failure and job.failure.code}"] += 1
-            elif not self._archive_is_right(job, self.accepted[job_id]):
+            elif not self._archive_is_right(job, clients.accepted[job_id]):
                 self.counts["wrong"] += 1
             else:
                 self.counts["completed and verified"] += 1
-                recoveries += job.crashes
-                continue
-            bad += 1
-        self.counts["accepted"] = len(jobs)
-        self.counts["crashes recovered from"] = recoveries
-        for name in sorted(self.counts):
-            print(f"{name:<28}{self.counts[name]:>8}")
-        print(json.dumps({"soak": dict(self.counts)}))
-        return not bad and bool(jobs)
+                self.counts["crashes recovered from"] += job.crashes
+        for follower in clients.followers:
+            follower.task.cancel()
+            job = jobs[follower.job_id]
+            told = follower.last is not None and job is not None and follower.last.name == job.status
+            self.counts["streams that showed the end" if told else "streams that did not show the end"] += 1
+            self.counts["streams resumed"] += follower.connections - 1
+        broken = ("doubled", "left in lists", "streams that did not show the end")
+        return self.counts["completed and verified"] == len(jobs) > 0 and not any(map(self.counts.get, broken))
+
+    def _report(self, accepted: int, recoveries: Recoveries) -> None:
+        sent: Counter[tuple[str, int]] = Counter()
+        for name in WORKERS:
+            for line in self.fleet.lines(name):
+                if line["message"] == "part stored":
+                    sent[line["context"]["uploadId"], line["context"]["part"]] += 1
+        figures: dict[str, float] = {
+            "accepted": accepted,
+            "lost": 0,
+            "parts stored": sum(sent.values()),
+            "parts uploaded twice": sum(sent.values()) - len(sent),
+            "longest recovery (s)": round(recoveries.longest, 2),
+            "longest without an outage (s)": round(recoveries.longest_alone, 2),
+            **self.counts,
+        }
+        for name in sorted(figures):
+            print(f"{name:<34}{figures[name]:>10}")
+        print(json.dumps({"soak": figures}))
 
     def _archive_is_right(self, job: Job, file_ids: tuple[int, ...]) -> bool:
         if job.result is None:
             return False
-        path = self.data / "archives" / job.result.key
+        path = self.fleet.folder / "s3" / "archives" / job.result.key
         with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             return path.stat().st_size == job.result.size and [archive.read(name) for name in archive.namelist()] == [
-                self.files[file_id] for file_id in file_ids
+                self.fleet.files[file_id] for file_id in file_ids
             ]
         return False
 
@@ -246,9 +394,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     options = parser.parse_args()
-    print(f"seed {options.seed}")
+    print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         kept = soak(options.minutes * 60, options.seed, Path(folder))
+    print("every promise was kept" if kept else "a promise was broken")
     return 0 if kept else 1
 
 
