@@ -73,7 +73,7 @@ async def test_three_jobs_of_two_gigabytes_stay_under_250_megabytes(
         try:
             jobs = [await b.export(70000, 70001) for _ in range(3)]
             ended = await asyncio.gather(*(b.ended(job_id, SECONDS) for job_id in jobs))
-            assert [(job.status, job.attempts) for job in ended] == [(JobStatus.COMPLETED, 1)] * 3
+            assert [(job.status, job.attempts, job.failure) for job in ended] == [(JobStatus.COMPLETED, 1, None)] * 3
             peak = peak_rss_kb(process.pid)
         finally:
             process.terminate()
