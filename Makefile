@@ -19,8 +19,9 @@ help:
 run: .venv/.run
 	@exec $(PY) -m delineate.tether - $(PY) -m delineate up
 
+# Two at a time: many tests wait for servers to die and come back. Tests of one file stay together.
 test: .venv/.dev tools
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Kills and restarts everything for MINUTES while jobs run, then proves that none was lost.
 MINUTES ?= 5

@@ -33,6 +33,7 @@ from delineate.telemetry.metrics import EXPORT_JOBS
 log = logging.getLogger(__name__)
 
 TOMBSTONE_SECONDS = 3600
+LAST_WITHDRAWAL_SECONDS = 2.0
 FULL_RETRY_AFTER_SECONDS = 30.0
 # The newest ones; the list of a caller that never rests must not grow for days.
 USER_JOBS_KEPT = 10_000
@@ -73,7 +74,9 @@ class Intake(Connected):
         self._withdrawals: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
-        """Give up withdrawals that Redis has not confirmed."""
+        """Give withdrawals that Redis has not confirmed a last moment, then give them up."""
+        if self._withdrawals:
+            await asyncio.wait(self._withdrawals, timeout=LAST_WITHDRAWAL_SECONDS)
         for task in self._withdrawals:
             task.cancel()
         await asyncio.gather(*self._withdrawals, return_exceptions=True)
