@@ -38,7 +38,7 @@ def locked(python: str, machine: str) -> dict[str, str]:
         for requirement, _ in entries()
         if requirement.marker is None or requirement.marker.evaluate(environment)
     ]
-    versions = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in chosen}
+    versions: dict[str, str] = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in chosen}
     assert len(versions) == len(chosen), "two versions of one package for one Python"
     return versions
 
