@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format clean tools
+.PHONY: help run test soak check format lock clean tools
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make soak    break everything for MINUTES (5) while jobs run, and prove that none was lost'
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
+	@echo 'make lock    take the newest versions of what the service depends on into requirements.lock'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
 
 # Through the tether, so that the service ends with make even if make is killed.
@@ -38,8 +39,17 @@ format: .venv/.dev
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
+# Exact versions, with hashes, of what the image installs: one file for every Python and platform. From PyPI alone,
+# whatever other indexes and folders this machine knows. uv makes it, because pip locks for one platform only; it has
+# a venv of its own, so that no test runs with it.
+lock: .venv/bin/python
+	@test -x .venv-lock/bin/uv || { $(PY) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	@env -u UV_INDEX -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT -u UV_OVERRIDE \
+	  .venv-lock/bin/uv --no-config pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
+	  --default-index https://pypi.org/simple --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+
 clean:
-	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv whose Python has gone (upgraded, moved) is made anew. While make reads this file, because later it would
