@@ -82,8 +82,12 @@ $(shell test -x .venv/bin/python || rm -rf .venv)
 
 # Programs that the tests use to look at archives and at the service as its users do. Name and Debian package.
 TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
+# Only for CI, because Debian starts these as services when they are installed; elsewhere their tests are skipped.
+ifeq ($(CI),true)
+TOOLS += haproxy:haproxy caddy:caddy
+endif
 tools:
-	@missing=; packages=; \
+	@missing=; packages=; PATH="$$PATH:/usr/sbin"; \
 	for tool in $(TOOLS); do \
 	  command -v $${tool%%:*} >/dev/null 2>&1 || { missing="$$missing $${tool%%:*}"; packages="$$packages $${tool##*:}"; }; \
 	done; \
