@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format clean tools
+.PHONY: help run test soak check format clean tools env
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make soak    break everything for MINUTES (5) while jobs run, and prove that none was lost'
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
+	@echo 'make env     write .env and secrets/ for docker compose and swarm; what exists stays'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
 
 # Through the tether, so that the service ends with make even if make is killed.
@@ -22,6 +23,10 @@ run: .venv/.run
 # Two at a time: many tests wait for servers to die and come back. Tests of one file stay together.
 test: .venv/.dev tools
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Needs neither Python nor .venv, so that a server with nothing but Docker can say it.
+env:
+	@sh conf/make-env
 
 # Kills and restarts everything for MINUTES while jobs run, then proves that none was lost.
 MINUTES ?= 5
@@ -70,8 +75,8 @@ $(shell test -x .venv/bin/python || rm -rf .venv)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/.run
 
-# Programs that the tests use to look at archives and at the service as its users do. Name and Debian package.
-TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
+# Programs that the tests use to look at archives, the service and its configuration as users do. Name and Debian package.
+TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl promtool:prometheus
 tools:
 	@missing=; packages=; \
 	for tool in $(TOOLS); do \
