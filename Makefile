@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format clean tools env
+.PHONY: help run test soak check format lock env clean tools
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make soak    break everything for MINUTES (5) while jobs run, and prove that none was lost'
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
+	@echo 'make lock    take the newest versions of what the service depends on into requirements.lock'
 	@echo 'make env     write .env and secrets/ for docker compose and swarm; what exists stays'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
 
@@ -43,8 +44,17 @@ format: .venv/.dev
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
+# Exact versions, with hashes, of what the image installs: one file for every Python and platform. From PyPI alone,
+# whatever other indexes and folders this machine knows. uv makes it, because pip locks for one platform only; it has
+# a venv of its own, so that no test runs with it.
+lock: .venv/bin/python
+	@test -x .venv-lock/bin/uv || { $(PY) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	@env -u UV_INDEX -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS -u UV_CONSTRAINT -u UV_OVERRIDE \
+	  .venv-lock/bin/uv --no-config pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
+	  --default-index https://pypi.org/simple --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+
 clean:
-	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv whose Python has gone (upgraded, moved) is made anew. While make reads this file, because later it would
@@ -75,10 +85,14 @@ $(shell test -x .venv/bin/python || rm -rf .venv)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/.run
 
-# Programs that the tests use to look at archives, the service and its configuration as users do. Name and Debian package.
-TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl promtool:prometheus
+# Programs that the tests use to look at archives and at the service as its users do. Name and Debian package.
+TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
+# Only for CI, because Debian starts these as services when they are installed; elsewhere their tests are skipped.
+ifeq ($(CI),true)
+TOOLS += haproxy:haproxy caddy:caddy promtool:prometheus
+endif
 tools:
-	@missing=; packages=; \
+	@missing=; packages=; PATH="$$PATH:/usr/sbin"; \
 	for tool in $(TOOLS); do \
 	  command -v $${tool%%:*} >/dev/null 2>&1 || { missing="$$missing $${tool%%:*}"; packages="$$packages $${tool##*:}"; }; \
 	done; \

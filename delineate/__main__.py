@@ -1,8 +1,8 @@
 """`delineate` and `python -m delineate`: the one place where the parts are wired together.
 
 Exit codes: 0 done, 1 a bug (with a traceback in the log), 2 something an
-operator has to change (one line on stderr says what). `up`, `restart`, `jobs`
-and `queue` have more; README.md lists them.
+operator has to change (one line on stderr says what). `up`, `serve`, `restart`,
+`jobs` and `queue` have more; README.md lists them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def _run(options: argparse.Namespace) -> int:
         from delineate.restart import restart
 
         return restart(options.processes)
+    if command in ("serve", "edge", "healthcheck"):
+        from delineate import serve as container
+
+        if command == "healthcheck":
+            return container.healthcheck()
+        container.serve() if command == "serve" else container.edge()
 
     import uvloop
 
@@ -58,9 +64,9 @@ def _run(options: argparse.Namespace) -> int:
 
         uvloop.run(work(config, options.ready))
     else:
-        from delineate.seed import seed
+        from delineate.seed import make_buckets, seed_when_ready
 
-        uvloop.run(seed(config))
+        uvloop.run(make_buckets(config) if command == "buckets" else seed_when_ready(config))
     return 0
 
 

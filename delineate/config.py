@@ -35,6 +35,7 @@ SECRET_KEYS = frozenset(
 )
 MAX_SECRET_FILE_BYTES = 65536
 ORIGIN = re.compile(r"https?://[^/?#@\s]+")
+FILE_PATH = re.compile(r"[A-Za-z0-9._/+@-]+")
 ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})")
 
 # Upper bounds keep a slip of the keyboard (or .inf) from disabling a limit.
@@ -166,6 +167,20 @@ class ProcessingConfig(Section, frozen=True, kw_only=True):
     simulated_delay: SimulatedDelayConfig
 
 
+class NginxConfig(Section, frozen=True, kw_only=True):
+    http_port: Port
+    https_port: Port
+    internal_port: Port
+    internal_networks: tuple[str, ...]
+    certificate: str
+    certificate_key: str
+    redirect_to_https: bool
+    trusted_proxies: tuple[str, ...]
+    upstream: str
+    processes: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    connections_of_address: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
 class LogConfig(Section, frozen=True, kw_only=True):
     level: Literal["debug", "info", "warning", "error"]
     format: Literal["json", "text"]
@@ -189,6 +204,7 @@ class Config(Section, frozen=True, kw_only=True):
     archive: ArchiveConfig
     worker: WorkerConfig
     processing: ProcessingConfig
+    nginx: NginxConfig
     log: LogConfig
     telemetry: TelemetryConfig
 
@@ -430,11 +446,25 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
         url = _get(msgspec.to_builtins(config), key)
         if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
             raise refuse(key, _without_password(url), "a URL such as https://s3.example.org, or nothing")
-    for network in config.api.trusted_proxies:
+    for key in ("api.trusted_proxies", "nginx.trusted_proxies", "nginx.internal_networks"):
+        for network in _get(msgspec.to_builtins(config), key):
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError:
+                raise refuse(key, network, "networks such as 10.0.0.0/8 or ::1/128") from None
+    nginx = config.nginx
+    ports = {"http_port": nginx.http_port, "https_port": nginx.https_port, "internal_port": nginx.internal_port}
+    for name, port in ports.items():
+        if list(ports.values()).count(port) > 1:
+            raise refuse(f"nginx.{name}", port, "another port than nginx's others")
+    if nginx.upstream:
         try:
-            ipaddress.ip_network(network, strict=False)
+            split_address(nginx.upstream)
         except ValueError:
-            raise refuse("api.trusted_proxies", network, "networks such as 10.0.0.0/8 or ::1/128") from None
+            raise refuse("nginx.upstream", nginx.upstream, "host and port, such as app:80, or nothing") from None
+    for key in ("nginx.certificate", "nginx.certificate_key"):
+        if not FILE_PATH.fullmatch(_get(msgspec.to_builtins(config), key)):
+            raise refuse(key, _get(msgspec.to_builtins(config), key), "the path of a file, without spaces or quotes")
     for origin in config.api.cors_origins:
         if origin != "*" and not ORIGIN.fullmatch(origin):
             raise refuse("api.cors_origins", origin, "origins such as https://app.example.org, without a path, or *")

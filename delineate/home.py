@@ -19,7 +19,7 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,8 +58,7 @@ class Home:
 
     @property
     def fatal(self) -> Path:
-        """Where the gatekeeper writes the name of a program that would not stay up."""
-        return self.path / "run" / "fatal"
+        return fatal_file(self.path)
 
     def save(self) -> None:
         """Keep the settings; a crash leaves the old or the new ones, never half of them."""
@@ -88,28 +87,43 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
             f"{path} has files that are not delineate's; DELINEATE_HOME must name a new or an empty folder, "
             "or one that was its home before"
         )
-    try:
-        for folder in FOLDERS:
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-        (path / "run").chmod(0o700)
-        lock = os.open(path / "run" / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StartupError(
-            f"{path} cannot be used: {error.strerror}: {error.filename}; DELINEATE_HOME names it"
-        ) from error
+    make_folders(path, FOLDERS)
+    lock = os.open(path / "run" / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _take(lock, path, patience)
         home = Home(path, _read_settings(path / "settings.json"))
         _choose_ports(home)
-        home.fatal.unlink(missing_ok=True)
-        for file in (*(path / "metrics").glob("*.db"), *(path / "run").glob("*.ready")):
-            file.unlink()
+        forget_processes(path)
         # From here on it is shared with the processes that are started (tether.hold).
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield home
     finally:
         os.close(lock)
+
+
+def make_folders(path: Path, folders: Iterable[str]) -> None:
+    """Make `path`, its owner's alone, with these folders in it. Raises StartupError."""
+    try:
+        for folder in folders:
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        (path / "run").chmod(0o700)
+        (path / "run" / "lock").touch(0o600)
+    except OSError as error:
+        raise StartupError(
+            f"{path} cannot be used: {error.strerror}: {error.filename}; DELINEATE_HOME names it"
+        ) from error
+
+
+def forget_processes(path: Path) -> None:
+    """Remove what the processes of the last run left behind: their metrics, and that they were ready or failed."""
+    for file in (*(path / "metrics").glob("*.db"), *(path / "run").glob("*.ready"), fatal_file(path)):
+        file.unlink(missing_ok=True)
+
+
+def fatal_file(path: Path) -> Path:
+    """Where the gatekeeper writes the name of a program that would not stay up."""
+    return path / "run" / "fatal"
 
 
 def supervisor_socket(path: Path) -> Path:

@@ -1,6 +1,6 @@
-"""Sample files for a first try: `python -m delineate seed`, and `delineate up` when its store is empty.
+"""What a new store needs: `delineate buckets` makes the buckets, `delineate seed` puts sample files for a first try.
 
-Their content is the same on every machine, so that a test can compare what
+The samples'  content is the same on every machine, so that a test can compare what
 comes out of an archive, byte by byte, with `SAMPLES`.
 """
 
@@ -13,8 +13,10 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from delineate.config import Config
-from delineate.storage import open_storage
+from delineate.storage import open_storage, wait_for_storage
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,26 @@ async def seed(config: Config) -> int:
             log.info("the source bucket has files already: no samples put")
             return 0
     return await put_samples(config, (sample.file_id for sample in SAMPLES))
+
+
+async def make_buckets(config: Config) -> None:
+    """Wait for the store, create the buckets that are missing, and set the rule that removes old archives.
+
+    Raises StartupError or BucketMissing for what waiting does not cure.
+    """
+    creating = msgspec.structs.replace(config.storage, create_buckets=True)
+    async with open_storage(creating) as storage:
+        await wait_for_storage(storage)
+        await storage.set_lifecycle()
+    context = {"files": creating.source_bucket, "archives": creating.archive_bucket}
+    log.info("both buckets are there", extra={"context": context})
+
+
+async def seed_when_ready(config: Config) -> None:
+    """`seed`, as soon as the store answers. Raises StartupError or BucketMissing for what waiting does not cure."""
+    async with open_storage(config.storage) as storage:
+        await wait_for_storage(storage)
+    await seed(config)
 
 
 async def put_samples(config: Config, file_ids: Iterable[int]) -> int:

@@ -5,7 +5,7 @@
     supervisord       the same supervisord.conf as in production, and the two embedded servers
     seed              sample files, if the store is new
     /health           healthy: the summary is printed
-    SIGINT, SIGTERM   supervisord stops workers, API, S3 and Redis in that order
+    SIGINT, SIGTERM   supervisord stops workers and API together, then S3 and Redis
 
 Nothing outlives it: every process is tethered to its parent (tether.py), and
 orphans of a killed supervisord become children of this process and end with it.
@@ -16,9 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import math
 import os
-import resource
 import shlex
 import signal
 import socket
@@ -29,7 +27,7 @@ import xmlrpc.client
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from delineate.config import ApiConfig, Config, find_conf_dir, load_config, read_environment
+from delineate.config import Config, load_config, read_environment
 from delineate.embedded import (
     drop_unfinished_uploads,
     redis_conf,
@@ -39,17 +37,20 @@ from delineate.embedded import (
 )
 from delineate.errors import ConfigError, JobError, StartupError
 from delineate.home import DEFAULT_HOME, Home, open_home, port_is_free
+from delineate.launch import (
+    allow_many_open_files,
+    find_file,
+    launch_environment,
+    process_settings,
+    supervisord_command,
+    whole_number,
+)
 from delineate.restart import supervisor_at
 from delineate.tether import adopt_orphans
 
-ROOT = Path(__file__).resolve().parent.parent
-SUPERVISORD_CONF = ROOT / "supervisord.conf"
 START_SECONDS = 60
 # A path in a sockaddr_un has 108 bytes on Linux and 104 on macOS; supervisord first binds to `<path>.<pid>`.
 MAX_SOCKET_BYTES = 104 - len(".4194304") - 1
-OPEN_FILES = 65_536
-# After its drain_timeout a process hands back jobs (2 s at most), closes connections, and may have to wait for a core.
-CLOSE_SECONDS = 3
 
 
 def run_embedded() -> int:
@@ -60,8 +61,7 @@ def run_embedded() -> int:
     """
     environ = _with_port(read_environment())
     config = load_config(environ)
-    if not SUPERVISORD_CONF.is_file():
-        raise StartupError(f"{SUPERVISORD_CONF} is missing; run it from a checkout of delineate")
+    find_file("supervisord.conf")
     with open_home(Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()) as home, _socket(home) as sock:
         environ = embedded_environment(home, environ, sock, config)
         config = load_config(environ)
@@ -72,7 +72,7 @@ def run_embedded() -> int:
             )
         if environ["DELINEATE_EMBEDDED_S3"] == "true":
             drop_unfinished_uploads(home.path / "s3" / config.storage.archive_bucket)
-        _allow_many_open_files()
+        allow_many_open_files()
         adopt_orphans()
         return asyncio.run(_Run(home, environ, config, sock).until_stopped())
 
@@ -89,25 +89,12 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, confi
     environ = {name: value for name, value in given.items() if not name.startswith("RCLONE_")}
     defaults = {
         "DELINEATE_ENV": "development",
-        "DELINEATE_API_PROCESSES": "2",
-        "DELINEATE_WORKER_PROCESSES": "2",
-        "DELINEATE_SUPERVISOR_LOG_LEVEL": "warn",
         # Together with the servers' own time this keeps the promise to be gone within ten seconds.
         "DELINEATE__WORKER__DRAIN_TIMEOUT": "3",
         "DELINEATE__API__DRAIN_TIMEOUT": "1",
     }
     environ |= {name: value for name, value in defaults.items() if not environ.get(name)}
-    for name in ("DELINEATE_API_PROCESSES", "DELINEATE_WORKER_PROCESSES"):
-        _number(environ, name, 1, 256)
-    environ |= {
-        "DELINEATE_HOME": str(home.path),
-        "DELINEATE_CONF_DIR": str(find_conf_dir(given).absolute()),
-        "DELINEATE_PYTHON": sys.executable,
-        # The client library reads its variable when it is imported, so both have to say the same.
-        "DELINEATE__TELEMETRY__METRICS_DIR": str(home.path / "metrics"),
-        "PROMETHEUS_MULTIPROC_DIR": str(home.path / "metrics"),
-        "DELINEATE_PROFILE": "embedded",
-        "DELINEATE_SUPERVISOR_SOCKET": str(sock),
+    environ = launch_environment(environ, home.path, sock, "embedded") | {
         "DELINEATE_EMBEDDED_REDIS": str(own_redis).lower(),
         "DELINEATE_EMBEDDED_S3": str(own_s3).lower(),
         "DELINEATE_REDIS_COMMAND": "false",
@@ -133,11 +120,7 @@ def embedded_environment(home: Home, given: Mapping[str, str], sock: Path, confi
         environ["DELINEATE__STORAGE__SECRET_ACCESS_KEY"] = settings.secret_access_key
         for name in ("ACCESS_KEY_ID_FILE", "SECRET_ACCESS_KEY_FILE"):
             environ.pop(f"DELINEATE__STORAGE__{name}", None)
-    config = load_config(environ)
-    environ["DELINEATE_API_SOCKET"] = _api_socket(config.api, sock)
-    environ["DELINEATE_API_STOP_SECONDS"] = str(math.ceil(config.api.drain_timeout) + CLOSE_SECONDS)
-    environ["DELINEATE_WORKER_STOP_SECONDS"] = str(math.ceil(config.worker.drain_timeout) + CLOSE_SECONDS)
-    return environ
+    return environ | process_settings(load_config(environ), sock)
 
 
 class _Run:
@@ -158,8 +141,7 @@ class _Run:
         # through a pipe, because /dev/fd/1 cannot be opened when it is a socket or another user's terminal.
         supervisord = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "delineate.tether", str(self._home.lock)),
-            *(sys.executable, "-m", "supervisor.supervisord", "--configuration", str(SUPERVISORD_CONF)),
-            *(("--user", str(os.getuid())) if os.getuid() == 0 else ()),
+            *supervisord_command(find_file("supervisord.conf")),
             env=self._environ,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -261,7 +243,7 @@ class _Run:
         api = self._config.api
         host = "localhost" if api.host in ("127.0.0.1", "0.0.0.0") else api.host
         base = f"http://{f'[{host}]' if ':' in host else host}:{api.port}"
-        default = ROOT / ".delineate" / "run" / "supervisor.sock"
+        default = find_file("supervisord.conf").parent / ".delineate" / "run" / "supervisor.sock"
         where = "" if self._sock == default else f" -s {shlex.quote(f'unix://{self._sock}')}"
         ctl = Path(sys.executable).with_name("supervisorctl")
         shown = os.path.relpath(ctl) if ctl.is_relative_to(Path.cwd()) else str(ctl)
@@ -273,7 +255,7 @@ delineate is ready after {seconds:.1f} s
   health    {base}/health
   metrics   {base}/metrics
   data      {self._home.path}
-  processes {shlex.quote(shown)} -c {shlex.quote(os.path.relpath(SUPERVISORD_CONF))}{where} status
+  processes {shlex.quote(shown)} -c {shlex.quote(os.path.relpath(find_file("supervisord.conf")))}{where} status
 
   Pack four of the sample files (70000 to 70011) into one ZIP:
     curl -s -X POST {base}/v1/export -H 'Content-Type: application/json' \\
@@ -311,13 +293,8 @@ delineate is ready after {seconds:.1f} s
             await asyncio.sleep(0.02)
 
     def _exit_code(self, code: int | None) -> int:
-        with contextlib.suppress(FileNotFoundError):
-            program = self._home.fatal.read_text()
-            print(
-                f"delineate up: {program} did not stay up, its last words are above; everything stopped",
-                file=sys.stderr,
-            )
-            return 1
+        if self._home.fatal.exists():
+            return 1  # supervisord has said why
         if self._signals > 1:
             return 128 + signal.SIGINT
         if code:
@@ -401,41 +378,10 @@ def _socket(home: Home) -> Iterator[Path]:
         inside.unlink(missing_ok=True)
 
 
-def _api_socket(config: ApiConfig, sock: Path) -> str:
-    """What supervisord opens for the API processes (listener.py).
-
-    It can open one IPv4 socket. For another address, or a name with several, it gets
-    one that nobody connects to, and the API processes listen for themselves.
-    """
-    with contextlib.suppress(OSError, UnicodeError):
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
-        if len(found) == 1 and found[0][0] == socket.AF_INET:
-            return f"tcp://{found[0][4][0]}:{config.port}"
-    return f"unix://{sock.with_name('api.sock')}"
-
-
 def _with_port(environ: dict[str, str]) -> dict[str, str]:
     """DELINEATE_PORT is the short name of DELINEATE__API__PORT."""
     if not environ.get("DELINEATE_PORT"):
         return environ
     if "DELINEATE__API__PORT" in environ:
         raise ConfigError("environment variables DELINEATE_PORT and DELINEATE__API__PORT both set api.port: keep one")
-    return environ | {"DELINEATE__API__PORT": str(_number(environ, "DELINEATE_PORT", 1, 65535))}
-
-
-def _number(environ: Mapping[str, str], name: str, least: int, most: int) -> int:
-    text = environ[name]
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise ConfigError(
-            f"environment variable {name}: {text!r} is not allowed, expected a whole number from {least} to {most}"
-        )
-    return int(text)
-
-
-def _allow_many_open_files() -> None:
-    """Every open stream is a file descriptor; the usual soft limit of 1024 would be the first to give way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return environ | {"DELINEATE__API__PORT": str(whole_number(environ, "DELINEATE_PORT", 1, 65535))}

@@ -35,11 +35,11 @@ from delineate.api.links import Links
 from delineate.api.routing import Table
 from delineate.config import ApiConfig, Config
 from delineate.errors import QueueUnavailable, StartupError
-from delineate.listener import handed_over
 from delineate.queue import Queue, open_queue
 from delineate.queue.progress import JobEvents, open_job_events
 from delineate.ready import ready
 from delineate.storage import Storage, open_storage
+from delineate.supervision import handed_over
 from delineate.telemetry.metrics import check_metrics
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from delineate.api.handler import Headers, Request
-from delineate.config import Config
 from delineate.errors import ConfigError
 
 COOKIE = "delineate_session"
@@ -44,7 +43,7 @@ def open_session(request: Request, *, idempotency_key: str | None = None) -> Ses
     if value is None and idempotency_key is not None:
         return Session(f"key-{_digest(f'{request.caller} {idempotency_key}')}", ())
     value = value or secrets.token_urlsafe(32)
-    return Session(_user(value), (("Set-Cookie", _set_cookie(value, request.services.config)),))
+    return Session(_user(value), (("Set-Cookie", _set_cookie(value, request)),))
 
 
 def _cookie(header: str) -> str | None:
@@ -64,8 +63,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _set_cookie(value: str, config: Config) -> str:
-    secure = "; Secure" if config.api.secure_cookies else ""
+def _set_cookie(value: str, request: Request) -> str:
+    config = request.services.config
+    # Whoever forges the header makes only the cookie that it gets itself stricter.
+    over_tls = config.api.secure_cookies or request.headers.get("X-Forwarded-Proto") == "https"
+    secure = "; Secure" if over_tls else ""
     lifetime = int(config.retention.user_jobs)
     return f"{COOKIE}={value}; Path=/; Max-Age={lifetime}; HttpOnly; SameSite=Lax{secure}"
 

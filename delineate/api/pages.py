@@ -7,7 +7,6 @@ import hashlib
 from importlib import resources
 
 from delineate import __version__
-from delineate.api.auth import open_session
 from delineate.api.handler import Answer, Headers, Request, Route, encode_json, json_answer
 from delineate.api.openapi import describe_api, describe_api_as_html
 
@@ -31,22 +30,24 @@ _INDEX = {
 
 
 async def show_index(request: Request) -> Answer:
-    """The page sets the session cookie, so that a browser's first export is already its own."""
-    session = open_session(request)
+    """The same page for everybody, so that nginx can keep it: the session begins with the page's first question."""
     vary: Headers = (("Vary", "Accept"),)
     if "text/html" not in request.headers.get("Accept", ""):
         return json_answer(_INDEX, headers=vary)
-    headers: Headers = (*vary, *session.headers, ("Content-Security-Policy", PAGE_POLICY))
-    return Answer(_file("index.html"), content_type="text/html; charset=utf-8", headers=headers)
+    return _page(request, "index.html", "text/html; charset=utf-8", (*vary, ("Content-Security-Policy", PAGE_POLICY)))
 
 
 async def show_file(request: Request) -> Answer:
-    body = _file(request.path.removeprefix("/"))
+    return _page(request, request.path.removeprefix("/"), _FILES[request.path])
+
+
+def _page(request: Request, name: str, content_type: str, headers: Headers = ()) -> Answer:
+    body = _file(name)
     etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
-    headers: Headers = (("ETag", etag), ("Cache-Control", "no-cache"))
+    headers = (*headers, ("ETag", etag), ("Cache-Control", "no-cache"))
     if etag in request.headers.get("If-None-Match", ""):
         return Answer(status=304, headers=headers)
-    return Answer(body, content_type=_FILES[request.path], headers=headers)
+    return Answer(body, content_type=content_type, headers=headers)
 
 
 async def show_openapi(_: Request) -> Answer:

@@ -189,17 +189,20 @@ class Archives(Connected):
     async def presign(self, key: str, filename: str, lifetime: int) -> str:
         """A URL with which anyone can GET the archive for `lifetime` seconds, saved as `filename`; nothing is sent.
 
-        It names the store as clients reach it: the host is part of the signature.
+        It names the store as clients reach it. The host is part of the signature:
+        a proxy on the way has to send the one that was signed.
         Raises JobError if there are no credentials to sign with.
         """
         query = {
             "response-content-disposition": content_disposition(filename),
             "response-content-type": _ZIP,
         }
+        store = self._store
         try:
-            return await self._store.signer.link(object_url(self._store.links_url, key, query), lifetime)
+            signed = await store.signer.link(object_url(store.signed_url, key, query), lifetime)
         except FAILURES as error:
             raise translate(error, "while a link was made") from error
+        return store.links_url + signed.removeprefix(store.signed_url)
 
 
 def _is_unknown_upload(error: Exception) -> bool:

@@ -80,9 +80,9 @@ class Buckets(Connected):
             await self._check(bucket)  # "exists" may mean that it is somebody else's
         log.info("bucket created", extra={"context": {"bucket": bucket}})
         if bucket == config.archive_bucket:
-            await self._set_lifecycle()
+            await self.set_lifecycle()
 
-    async def _set_lifecycle(self) -> None:
+    async def set_lifecycle(self) -> None:
         """Have the store remove what is old. Some stores cannot; then archives stay, and the log says so.
 
         Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutBucketLifecycleConfiguration.html

@@ -23,7 +23,8 @@ class Connection:
     """Both ways to the store: `wire` for bytes, `client` for what is rare and answers in XML.
 
     `files_url` and `archives_url` are the buckets as we reach them, `links_url` is
-    the archives' bucket as the clients of our clients reach it.
+    the archives' bucket as the clients of our clients reach it. Links are signed
+    for `signed_url`: the same, unless a proxy in between takes a path off.
     """
 
     config: StorageConfig
@@ -33,6 +34,7 @@ class Connection:
     files_url: str
     archives_url: str
     links_url: str
+    signed_url: str
 
 
 class Connected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -54,16 +54,21 @@ async def open_storage(config: StorageConfig, *, service: str = "") -> AsyncIter
         session.set_credentials(config.access_key_id, config.secret_access_key)
     agent = f"delineate/{delineate.__version__}" + (f" ({service})" if service else "")
     ca_file = _ca_file(session)
-    public = msgspec.structs.replace(config, endpoint_url=config.public_endpoint_url or config.endpoint_url)
+    proxied = bool(urlsplit(config.public_endpoint_url).path.strip("/"))
     async with AsyncExitStack() as stack:
         try:
             credentials = await session.get_credentials()
             client = await stack.enter_async_context(_client(session, config, agent, ca_file))
             meter(client)
-            async with _client(session, public, agent, ca_file) as public_client:
-                links_url = await bucket_url(public_client, config.archive_bucket)
             files_url = await bucket_url(client, config.source_bucket)
             archives_url = await bucket_url(client, config.archive_bucket)
+            if proxied:
+                links_url, signed_url = config.public_endpoint_url.rstrip("/"), archives_url
+            else:
+                endpoint_url = config.public_endpoint_url or config.endpoint_url
+                links_url = signed_url = await _archives_url(
+                    session, msgspec.structs.replace(config, endpoint_url=endpoint_url)
+                )
         except (BotoCoreError, ValueError) as error:
             raise StartupError(f"the S3 client cannot be set up: {error}") from error
         if credentials is None:
@@ -83,8 +88,30 @@ async def open_storage(config: StorageConfig, *, service: str = "") -> AsyncIter
                 files_url=files_url,
                 archives_url=archives_url,
                 links_url=links_url,
+                signed_url=signed_url,
             )
         )
+
+
+class StoreAddress(NamedTuple):
+    """The archives' bucket as this machine reaches it, and the certificates that the store's is checked with."""
+
+    archives_url: str
+    ca_file: str
+
+
+async def store_address(config: StorageConfig) -> StoreAddress:
+    """Where a proxy finds the archives that links lead to; nothing is sent. Raises StartupError."""
+    session = get_session()
+    try:
+        return StoreAddress(await _archives_url(session, config), _ca_file(session))
+    except (BotoCoreError, ValueError) as error:
+        raise StartupError(f"the S3 client cannot be set up: {error}") from error
+
+
+async def _archives_url(session: AioSession, config: StorageConfig) -> str:
+    async with _client(session, config, "", _ca_file(session)) as client:
+        return await bucket_url(client, config.archive_bucket)
 
 
 def _client(

@@ -43,44 +43,11 @@ class Event(NamedTuple):
 
 
 @dataclass
-class RunningApi:
-    api: Api
-    server: Server
-    config: Config
+class WorkerSide:
+    """Jobs in every state, made by the worker's side of the queue."""
+
     queue: Queue
-    storage: Storage
-    job_events: JobEvents
-    http: aiohttp.ClientSession
-    port: int
     worker: str
-
-    async def fetch(self, method: str, path: str, body: object = None, **headers: str) -> Reply:
-        """`headers` with _ for -; a body that is not bytes goes as JSON."""
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        if data is not None:
-            sent.setdefault("Content-Type", "application/json")
-        async with self.http.request(method, path, data=data, headers=sent, allow_redirects=False) as answer:
-            return Reply(answer.status, answer.headers, await answer.text())
-
-    async def raw(self, request: bytes) -> bytes:
-        """Everything the server says until it closes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(request)
-        try:
-            return await asyncio.wait_for(reader.read(), 10)
-        finally:
-            writer.close()
-
-    @asynccontextmanager
-    async def stream(self, job_id: str, **headers: str) -> AsyncIterator[AsyncIterator[Event]]:
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.http.get(f"/v1/export/{job_id}/progress", headers=sent) as answer:
-            assert answer.status == 200, await answer.text()
-            assert answer.headers["Content-Type"] == "text/event-stream"
-            yield parse_events(answer)
-
-    # Jobs in every state, by the worker's side of the queue
 
     async def queued(self, file_ids: tuple[int, ...] = (70000, 70001, 70002)) -> Job:
         return (await self.queue.enqueue(NewJob(id=new_job_id(), user="test", file_ids=file_ids))).job
@@ -111,6 +78,43 @@ class RunningApi:
         job = await self.queue.get(job_id)
         assert job is not None
         return job
+
+
+@dataclass
+class RunningApi(WorkerSide):
+    api: Api
+    server: Server
+    config: Config
+    storage: Storage
+    job_events: JobEvents
+    http: aiohttp.ClientSession
+    port: int
+
+    async def fetch(self, method: str, path: str, body: object = None, **headers: str) -> Reply:
+        """`headers` with _ for -; a body that is not bytes goes as JSON."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        if data is not None:
+            sent.setdefault("Content-Type", "application/json")
+        async with self.http.request(method, path, data=data, headers=sent, allow_redirects=False) as answer:
+            return Reply(answer.status, answer.headers, await answer.text())
+
+    async def raw(self, request: bytes) -> bytes:
+        """Everything the server says until it closes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request)
+        try:
+            return await asyncio.wait_for(reader.read(), 10)
+        finally:
+            writer.close()
+
+    @asynccontextmanager
+    async def stream(self, job_id: str, **headers: str) -> AsyncIterator[AsyncIterator[Event]]:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.http.get(f"/v1/export/{job_id}/progress", headers=sent) as answer:
+            assert answer.status == 200, await answer.text()
+            assert answer.headers["Content-Type"] == "text/event-stream"
+            yield parse_events(answer)
 
 
 def progress(percent: int, bytes_done: int = 0) -> Progress:
@@ -167,7 +171,8 @@ async def running_api(config: Config) -> AsyncIterator[RunningApi]:
             listening(api, sockets) as server,
             aiohttp.ClientSession(f"http://127.0.0.1:{port}", cookie_jar=aiohttp.DummyCookieJar()) as http,
         ):
-            yield RunningApi(api, server, config, queue, storage, job_events, http, port, f"w-{uuid.uuid4().hex[:8]}")
+            worker = f"w-{uuid.uuid4().hex[:8]}"
+            yield RunningApi(queue, worker, api, server, config, storage, job_events, http, port)
 
 
 def changed(config: Config, section: str, **values: object) -> Config:

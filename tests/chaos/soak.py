@@ -5,8 +5,10 @@
 Real processes throughout: two API processes, three workers, a Redis, an S3
 server. Clients repeat a POST with its Idempotency-Key until it is answered
 with 200, and follow half of the jobs by SSE. Faults are drawn at random, one
-after the other. At the end everything is left alone until every accepted job
-has ended; each completed archive is then compared byte by byte with its files.
+after the other; they stop the run if one of them finds something wrong. Each
+completed archive is compared byte by byte with its files, and then removed: a
+long run makes more of them than a disk holds. At the end everything is left
+alone until every accepted job has ended.
 Prints a summary and exits with 1 if a job was lost, doubled, stuck, wrong or
 failed, or if a stream did not show the end of its job.
 """
@@ -25,7 +27,7 @@ import time
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -42,6 +44,8 @@ from tests.worker.test_worker import content
 APIS = ("api0", "api1")
 WORKERS = ("worker0", "worker1", "worker2")
 SETTLE_SECONDS = 180
+# A zombie that writes an archive again, after its job was completed elsewhere, has had its chance by then.
+VERIFY_AFTER_SECONDS = 10
 # A run shorter than this has no long outages: they would be all of it.
 LONG_RUN_SECONDS = 60
 # Small ones are one PUT; the large ones take several parts and are what a crash interrupts.
@@ -69,8 +73,19 @@ class Fleet(Service):
         for file_id, body in self.files.items():
             (folder / "s3" / "files" / str(file_id)).write_bytes(body)
 
+        self._written: dict[str, int] = {}
+
     def _mount_tmpfs(self) -> bool:
         return False  # a long run fills a small disk
+
+    def launch(self, name: str) -> None:
+        log = self.log(name)
+        self._written[name] = log.stat().st_size if log.exists() else 0
+        super().launch(name)
+
+    def has_spoken(self, name: str) -> bool:
+        """Whether a process has logged anything since it was launched; until then it has no signal handlers."""
+        return self.log(name).stat().st_size > self._written[name]
 
     def replace(self, name: str) -> None:
         self.kill(name)
@@ -228,7 +243,8 @@ class Faults:
         process = self._fleet.processes[name]
         process.terminate()
         code = await asyncio.to_thread(process.wait, 40)
-        assert code == 0, f"{name} ended with {code}"
+        # A process that is still loading its modules has begun nothing that it could drain.
+        assert code == 0 or (code == -signal.SIGTERM and not self._fleet.has_spoken(name)), f"{name} ended with {code}"
         self._fleet.launch(name)
         self._counts[counted] += 1
 
@@ -283,6 +299,50 @@ class Faults:
         await asyncio.to_thread(server.start)
 
 
+class Archives:
+    """Verifies and removes archives; `right` has the outcome for each completed job that was looked at."""
+
+    def __init__(self, fleet: Fleet, queue: Queue, accepted: Mapping[str, tuple[int, ...]]) -> None:
+        self._fleet, self._queue, self._accepted = fleet, queue, accepted
+        self._paths: dict[str, tuple[Path, int]] = {}
+        self.right: dict[str, bool] = {}
+
+    async def verify_until(self, stop: asyncio.Event) -> None:
+        """Look at archives as they get old enough; the one at hand is finished after `stop`."""
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 1)
+            for job_id in [job_id for job_id in self._accepted if job_id not in self.right]:
+                if stop.is_set():
+                    break
+                with contextlib.suppress(QueueUnavailable):
+                    job = await self._queue.get(job_id)
+                    old = job is not None and time.time() - job.updated_at > VERIFY_AFTER_SECONDS
+                    if job is not None and old and job.status is JobStatus.COMPLETED:
+                        await self.verify(job)
+
+    async def verify(self, job: Job) -> None:
+        if job.result is not None:
+            self._paths[job.id] = self._fleet.folder / "s3" / "archives" / job.result.key, job.result.size
+        self.right[job.id] = job.result is not None and await asyncio.to_thread(self._is_right, job.id)
+
+    async def verify_again(self) -> int:
+        """Look at those that were written again after they had been removed; how many there are."""
+        again = [job_id for job_id, (path, _) in self._paths.items() if path.exists()]
+        for job_id in again:
+            self.right[job_id] = self.right[job_id] and await asyncio.to_thread(self._is_right, job_id)
+        return len(again)
+
+    def _is_right(self, job_id: str) -> bool:
+        path, size = self._paths[job_id]
+        wanted = [self._fleet.files[file_id] for file_id in self._accepted[job_id]]
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            if path.stat().st_size == size and [archive.read(name) for name in archive.namelist()] == wanted:
+                path.unlink()
+                return True
+        return False  # it stays, to be looked at
+
+
 class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
         self.fleet = Fleet(folder)
@@ -298,17 +358,31 @@ class Soak:
                 clients = Clients(session, self.random, self.counts)
                 recoveries = Recoveries(queue, self.counts)
                 faults = Faults(self.fleet, recoveries, self.random, self.counts)
+                archives = Archives(self.fleet, queue, clients.accepted)
+                exporting = asyncio.create_task(clients.export_until(time.monotonic() + seconds))
                 breaking = asyncio.create_task(faults.run(long_ones=seconds >= LONG_RUN_SECONDS))
-                await clients.export_until(time.monotonic() + seconds)
-                breaking.cancel()
-                await asyncio.gather(breaking, return_exceptions=True)
-                if not breaking.cancelled() and (error := breaking.exception()):
-                    raise error
+                exported = asyncio.Event()
+                verifying = asyncio.create_task(archives.verify_until(exported))
+                tasks = (exporting, breaking, verifying)
+                try:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()
+                    exported.set()
+                    await verifying
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
                 await asyncio.to_thread(self.fleet.restore)
                 await clients.all_served()
                 jobs = await self._all_ended(queue, clients.accepted)
                 await clients.all_told()
-                kept = self._judge(jobs, clients)
+                for job in jobs.values():
+                    if job is not None and job.status is JobStatus.COMPLETED and job.id not in archives.right:
+                        await archives.verify(job)
+                self.counts["archives written again"] = await archives.verify_again()
+                kept = self._judge(jobs, clients, archives)
                 self._report(len(jobs), recoveries)
                 return kept
         finally:
@@ -333,7 +407,7 @@ class Soak:
         self.counts["left in lists"] = sum(left)
         return jobs
 
-    def _judge(self, jobs: dict[str, Job | None], clients: Clients) -> bool:
+    def _judge(self, jobs: dict[str, Job | None], clients: Clients, archives: Archives) -> bool:
         for job_id, job in jobs.items():
             if job is None:
                 self.counts["lost"] += 1
@@ -341,7 +415,7 @@ class Soak:
                 self.counts["stuck"] += 1
             elif job.status is not JobStatus.COMPLETED:
                 self.counts[f"{job.status}: {job.failure and job.failure.code}"] += 1
-            elif not self._archive_is_right(job, clients.accepted[job_id]):
+            elif not archives.right[job_id]:
                 self.counts["wrong"] += 1
             else:
                 self.counts["completed and verified"] += 1
@@ -373,16 +447,6 @@ class Soak:
         for name in sorted(figures):
             print(f"{name:<34}{figures[name]:>10}")
         print(json.dumps({"soak": figures}))
-
-    def _archive_is_right(self, job: Job, file_ids: tuple[int, ...]) -> bool:
-        if job.result is None:
-            return False
-        path = self.fleet.folder / "s3" / "archives" / job.result.key
-        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            return path.stat().st_size == job.result.size and [archive.read(name) for name in archive.namelist()] == [
-                self.fleet.files[file_id] for file_id in file_ids
-            ]
-        return False
 
 
 def soak(seconds: float, seed: int, folder: Path) -> bool:

@@ -18,6 +18,7 @@ class TcpProxy:
         self.port = port
         self.upstream = upstream
         self.latency = 0.0  # seconds that every chunk from the server is late
+        self.idle_seconds: float | None = None  # a server that is silent for so long loses the connection
         self.cuts = 0  # so many of the next chunks from the server are cut in the middle, and the connection with them
         self.refuses = False  # new connections are closed at once, as a proxy without a server behind it does
         self.connected = 0  # connections since the start
@@ -50,6 +51,7 @@ class TcpProxy:
 
     def heal(self) -> None:
         self.latency, self.cuts, self.refuses, self._silent = 0.0, 0, False, False
+        self.idle_seconds = None
 
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._handle, "127.0.0.1", self.port, backlog=1024)
@@ -107,7 +109,7 @@ class _Pair:
 
     async def _replies(self, up_reader: asyncio.StreamReader) -> None:
         proxy = self._proxy
-        while data := await up_reader.read(65536):
+        while data := await self._next(up_reader):
             if proxy.latency:
                 await asyncio.sleep(proxy.latency)
             if self.dead:
@@ -120,3 +122,11 @@ class _Pair:
             self._writer.write(data)
         if not self.dead:
             self._writer.close()
+
+    async def _next(self, up_reader: asyncio.StreamReader) -> bytes:
+        """What the server says next; nothing if it has closed, or was silent for too long."""
+        try:
+            async with asyncio.timeout(self._proxy.idle_seconds):
+                return await up_reader.read(65536)
+        except TimeoutError:
+            return b""
