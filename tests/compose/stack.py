@@ -28,6 +28,7 @@ MOUNTED = (
     ".env.example",
     "conf",
     "dashboards",
+    "delineate",
 )
 
 Rendered = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from delineate.config import keys, load_config
+from delineate.config import load_config
 from tests.compose.stack import COMBINATIONS, PRODUCTION, PROFILES, ROOT, Rendered, Stack, services
 
 EVERY = [(files, profile) for files in COMBINATIONS.values() for profile in PROFILES]
@@ -178,29 +178,51 @@ def test_development_is_slow_verbose_and_reloads(stack: Stack) -> None:
     delay = config.processing.simulated_delay
     assert (delay.enabled, delay.min, delay.max) == (True, 5, 15)
     assert (config.log.level, config.log.format) == ("debug", "text")
-    watched = {Path(rule["path"]).name: rule for rule in app["develop"]["watch"]}
-    assert watched["delineate"]["action"] == watched["conf"]["action"] == "sync+restart"
-    assert (watched["delineate"]["target"], watched["conf"]["target"]) == ("/app/delineate", "/app/conf")
-    assert not app.get("read_only")  # else nothing can be copied into it
+    code = {
+        mount["target"]: mount["source"].removeprefix(f"{stack.checkout}/")
+        for mount in app["volumes"]
+        if mount["type"] == "bind" and mount["read_only"]
+    }
+    assert code == {"/app/delineate": "delineate", "/app/conf": "conf"}
+    assert app["environment"]["PYTHONPATH"] == "/app"
+    watched = {Path(rule["path"]).name: rule["action"] for rule in app["develop"]["watch"]}
+    assert watched["delineate"] == watched["conf"] == "sync+restart"
+    assert not app.get("read_only")  # else nothing can be copied into it, and it would not restart
+
+
+def test_tls_redirects_and_keeps_the_cookie_to_itself(stack: Stack) -> None:
+    rendered = services(stack.compose(COMBINATIONS["production with TLS"], "seaweedfs"))
+    assert load_config(settings_of(stack, rendered["app"]), ROOT / "conf").api.secure_cookies is True
+    assert rendered["nginx"]["environment"]["DELINEATE__NGINX__REDIRECT_TO_HTTPS"] == "true"
+    targets = {secret["source"]: secret["target"] for secret in rendered["nginx"]["secrets"]}
+    config = load_config({}, ROOT / "conf").nginx
+    assert targets == {"tls_crt": config.certificate, "tls_key": config.certificate_key}
+
+
+def test_what_stops_has_time_to_finish(stack: Stack) -> None:
+    rendered = services(stack.compose(PRODUCTION, "seaweedfs"))
+    app = load_config(settings_of(stack, rendered["app"]), ROOT / "conf")
+    assert rendered["app"]["stop_grace_period"] == "1m0s"
+    assert app.worker.drain_timeout + 10 < 60
+    assert app.api.drain_timeout + 10 < 60
+    assert (rendered["nginx"]["stop_signal"], rendered["nginx"]["stop_grace_period"]) == ("SIGQUIT", "30s")
+    assert load_config(settings_of(stack, rendered["nginx"]), ROOT / "conf").api.drain_timeout < 30
 
 
 def test_every_variable_of_the_compose_files_is_in_env_example() -> None:
     used = {name for file in ROOT.glob("compose*.yml") for name in re.findall(r"\$\{(\w+)", file.read_text())}
     text = (ROOT / ".env.example").read_text()
     documented = set(re.findall(r"^#?(\w+)=", text, re.MULTILINE))
-    unneeded = {"COMPOSE_PROJECT_NAME", "DELINEATE_MINIO_IMAGE", "DELINEATE_MC_IMAGE"}
-    assert used - documented == unneeded
+    assert used - documented == {"COMPOSE_PROJECT_NAME"}  # compose sets it
     assert documented - used == {"COMPOSE_FILE", "COMPOSE_PROFILES", "DELINEATE__STORAGE__SOURCE_KEY"}
 
 
 def settings_of(stack: Stack, service: dict[str, Any]) -> dict[str, str]:
     """The environment of one of our containers, with its secrets where they are on this machine."""
-    nginx_has_settings = any(key.startswith("nginx.") for key in keys())
     return {
         variable: value.replace("/run/secrets", str(stack.checkout / "secrets"))
         for variable, value in service["environment"].items()
         if value is not None  # passed on from .env if it is there
-        and (nginx_has_settings or not variable.startswith("DELINEATE__NGINX__"))
     }
 
 
