@@ -15,10 +15,11 @@ COPY requirements.lock ./
 # Wheels only: no compiler is needed, and no package's setup code runs.
 RUN pip/bin/pip --python /opt/delineate/bin/python install --quiet --no-cache-dir --no-compile \
         --require-hashes --no-deps --only-binary :all: -r requirements.lock
-# Botocore brings the descriptions of 400 services. One is used.
+# Botocore brings the descriptions of 400 services, and one is used; other packages bring their tests.
 RUN find /opt/delineate/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
         ! -name s3 -exec rm -rf {} + \
- && rm -rf /opt/delineate/lib/python3*/site-packages/botocore/data/s3/*/examples-1.json*
+ && rm -rf /opt/delineate/lib/python3*/site-packages/botocore/data/s3/*/examples-1.json* \
+ && find /opt/delineate/lib -type d \( -name test -o -name tests \) -prune -exec rm -rf {} +
 COPY pyproject.toml README.md LICENSE ./
 COPY delineate delineate
 RUN pip/bin/pip wheel --quiet --no-cache-dir --no-deps --wheel-dir wheels . \

@@ -35,11 +35,13 @@ def _run(options: argparse.Namespace) -> int:
         from delineate.restart import restart
 
         return restart(options.processes)
-    if command in ("serve", "edge", "healthcheck"):
+    if command == "healthcheck":
+        from delineate.healthcheck import healthcheck
+
+        return healthcheck()
+    if command in ("serve", "edge"):
         from delineate import serve as container
 
-        if command == "healthcheck":
-            return container.healthcheck()
         container.serve() if command == "serve" else container.edge()
 
     import uvloop

@@ -113,7 +113,7 @@ def render(template: str, config: Config, store: Store, folder: Path, machine: M
         "https_suffix": "" if nginx.https_port == 443 else f":{nginx.https_port}",
         "body_bytes": api.max_body_bytes,
         "connections_of_address": nginx.connections_of_address,
-        "resolver": f"resolver {' '.join(machine.resolvers)} valid=5s;" if machine.resolvers else "",
+        "resolver": f"resolver {' '.join(machine.resolvers)} valid=2s;" if machine.resolvers else "",
         "api": _api_address(config),
         "idle_seconds": max(1, min(IDLE_SECONDS, math.floor(api.drain_timeout / 2))),
         "api_seconds": math.ceil(api.request_timeout) + 5,

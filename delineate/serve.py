@@ -1,20 +1,15 @@
-"""The container's commands: `delineate serve`, `delineate edge`, `delineate healthcheck`.
+"""The container's commands.
 
-    serve         nginx, API and workers under supervisord, which takes this process's place: in the container it is
-                  the first process, and does that one's duties (it reaps orphans, and its end is the container's)
-    edge          nginx alone, in front of other containers
-    healthcheck   is everything that was started here at work? For HEALTHCHECK in the Dockerfile
+    serve    nginx, API and workers under supervisord, which takes this process's place: in the container it is
+             the first process, and does that one's duties (it reaps orphans, and its end is the container's)
+    edge     nginx alone, in front of other containers
 
-A container is healthy when its own processes work. Redis and the S3 store
-must have answered once, for a release that cannot reach them must not
-replace one that can. After that their outages are /health's business: nobody
-is helped when all containers are replaced because Redis is away.
+healthcheck.py tells whether what they started works.
 """
 
 from __future__ import annotations
 
 import asyncio
-import http.client
 import os
 import shlex
 from collections.abc import Mapping
@@ -23,7 +18,7 @@ from typing import NoReturn
 
 from delineate.config import Config, load_config, read_environment
 from delineate.errors import StartupError
-from delineate.home import DEFAULT_HOME, forget_processes, make_folders, supervisor_socket
+from delineate.home import DEFAULT_HOME, forget_processes, make_folders
 from delineate.launch import (
     allow_many_open_files,
     find_file,
@@ -32,12 +27,9 @@ from delineate.launch import (
     supervisord_command,
 )
 from delineate.nginx import Machine, Store, check, command, render
-from delineate.ready import is_ready
-from delineate.restart import UNREACHABLE, supervisor_at
 from delineate.storage import store_address
 
 FOLDERS = ("metrics", "run", "nginx")
-ANSWER_SECONDS = 3
 
 
 def serve() -> NoReturn:
@@ -68,50 +60,8 @@ def edge() -> NoReturn:
     os.execve(line[0], line, given)  # noqa: S606
 
 
-def healthcheck() -> int:
-    """0 if everything here works, 1 if not; one line says what does not."""
-    given = read_environment()
-    home = _home(given)
-    problem = _sick_process(home) if (home / "run" / "supervisor.sock").exists() else ""
-    served = "/nginx_status" if not (home / "run" / "supervisor.sock").exists() else "/health/live"
-    problem = problem or _no_answer(load_config(given).nginx.internal_port, served)
-    print(problem or "healthy")
-    return 1 if problem else 0
-
-
-def _sick_process(home: Path) -> str:
-    try:
-        with supervisor_at(supervisor_socket(home)) as supervisor:
-            infos = supervisor.getAllProcessInfo()
-    except UNREACHABLE as error:
-        return f"supervisord does not answer: {error}"
-    for info in infos:
-        name = f"{info['group']}:{info['name']}" if info["group"] != info["name"] else str(info["name"])
-        if info["statename"] != "RUNNING":
-            return f"{name} is {info['statename']}"
-        if info["group"] in ("api", "worker") and not is_ready(home / "run" / f"{info['name']}.ready", info["pid"]):
-            return f"{name} has not reached Redis and the S3 store yet"
-    return ""
-
-
-def _no_answer(port: int, path: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
-    try:
-        connection.request("GET", path)
-        status = connection.getresponse().status
-        return "" if status == 200 else f"{path} says {status}"
-    except (OSError, http.client.HTTPException) as error:
-        return f"{path}: no answer ({error})"
-    finally:
-        connection.close()
-
-
-def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
-
-
 def _open_home(environ: Mapping[str, str]) -> Path:
-    home = _home(environ)
+    home = Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
     make_folders(home, FOLDERS)
     forget_processes(home)
     return home

@@ -27,7 +27,7 @@ import time
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -43,7 +43,10 @@ from tests.worker.test_worker import content
 
 APIS = ("api0", "api1")
 WORKERS = ("worker0", "worker1", "worker2")
-SETTLE_SECONDS = 180
+# How long nothing may happen at the end before what is unfinished counts as stuck.
+SETTLE_SECONDS = 60
+# Clients wait while more jobs than this are unfinished: what is measured is recovery, and not a line that only grows.
+MAX_UNFINISHED = 40
 # A zombie that writes an archive again, after its job was completed elsewhere, has had its chance by then.
 VERIFY_AFTER_SECONDS = 10
 # A run shorter than this has no long outages: they would be all of it.
@@ -115,8 +118,11 @@ class Clients:
         self.accepted: dict[str, tuple[int, ...]] = {}
         self.followers: list[Follower] = []
 
-    async def export_until(self, end: float) -> None:
+    async def export_until(self, end: float, ended: Collection[str]) -> None:
         while time.monotonic() < end:
+            if len(self.accepted) + len(self._tasks) - len(ended) > MAX_UNFINISHED:
+                await asyncio.sleep(0.1)
+                continue
             ids = tuple(self._random.sample(sorted(FILES), self._random.randint(1, 5)))
             task = asyncio.create_task(self._export(ids, follow=self._random.random() < 0.5))
             self._tasks.add(task)
@@ -300,11 +306,12 @@ class Faults:
 
 
 class Archives:
-    """Verifies and removes archives; `right` has the outcome for each completed job that was looked at."""
+    """Verifies and removes archives: `ended` are the jobs that have, `right` has the outcome of those completed."""
 
     def __init__(self, fleet: Fleet, queue: Queue, accepted: Mapping[str, tuple[int, ...]]) -> None:
         self._fleet, self._queue, self._accepted = fleet, queue, accepted
         self._paths: dict[str, tuple[Path, int]] = {}
+        self.ended: set[str] = set()
         self.right: dict[str, bool] = {}
 
     async def verify_until(self, stop: asyncio.Event) -> None:
@@ -317,8 +324,10 @@ class Archives:
                     break
                 with contextlib.suppress(QueueUnavailable):
                     job = await self._queue.get(job_id)
-                    old = job is not None and time.time() - job.updated_at > VERIFY_AFTER_SECONDS
-                    if job is not None and old and job.status is JobStatus.COMPLETED:
+                    if job is None or not job.status.is_final:
+                        continue
+                    self.ended.add(job_id)
+                    if job.status is JobStatus.COMPLETED and time.time() - job.updated_at > VERIFY_AFTER_SECONDS:
                         await self.verify(job)
 
     async def verify(self, job: Job) -> None:
@@ -359,7 +368,7 @@ class Soak:
                 recoveries = Recoveries(queue, self.counts)
                 faults = Faults(self.fleet, recoveries, self.random, self.counts)
                 archives = Archives(self.fleet, queue, clients.accepted)
-                exporting = asyncio.create_task(clients.export_until(time.monotonic() + seconds))
+                exporting = asyncio.create_task(clients.export_until(time.monotonic() + seconds, archives.ended))
                 breaking = asyncio.create_task(faults.run(long_ones=seconds >= LONG_RUN_SECONDS))
                 exported = asyncio.Event()
                 verifying = asyncio.create_task(archives.verify_until(exported))
@@ -389,12 +398,14 @@ class Soak:
             await asyncio.to_thread(self.fleet.stop)
 
     async def _all_ended(self, queue: Queue, accepted: dict[str, tuple[int, ...]]) -> dict[str, Job | None]:
-        end = time.monotonic() + SETTLE_SECONDS
+        end, before = time.monotonic() + SETTLE_SECONDS, len(accepted)
         while True:
             jobs = {job_id: await queue.get(job_id) for job_id in accepted}
-            unfinished = [job for job in jobs.values() if job and not job.status.is_final]
+            unfinished = sum(job is not None and not job.status.is_final for job in jobs.values())
             if not unfinished or time.monotonic() > end:
                 break
+            if unfinished < before:
+                end, before = time.monotonic() + SETTLE_SECONDS, unfinished
             await asyncio.sleep(0.3)
         self.counts["doubled"] = len((await self.fleet.records()).keys() - accepted.keys())
         # Nothing may be left in the lists when every job has ended; janitors get a moment for it.

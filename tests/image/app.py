@@ -107,6 +107,8 @@ class AppMaker:
         port = free_port()
         made = {**settings(self.redis, self.s3, f"http://{self.docker.host}:{port}", self.prefix), **(env or {})}
         root = ("--read-only", "--tmpfs", "/tmp") if read_only else ()
+        # The image looks every ten seconds, and tests would wait for its first look.
+        options = ("--health-interval", "1s", *options)
         started = self.docker.start(
             self.image,
             *(*root, *options),

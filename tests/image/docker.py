@@ -81,6 +81,8 @@ class Docker:
         """Build `context` as `tag`, with the host's network where the bridge leads nowhere; the seconds it took."""
         if not self._bridge_reaches_the_world:
             options = ("--network", "host", *options)
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"):
+            options = ("--build-arg", name, *options) if name in os.environ else options
         self._tags.append(tag)
         started = time.monotonic()
         self(
@@ -220,7 +222,7 @@ class Container:
 
     def stop(self, seconds: int = 30) -> int:
         """SIGTERM, and SIGKILL after `seconds`; the exit code."""
-        self.docker("stop", "--time", str(seconds), self.name, seconds=seconds + 30)
+        self.docker("stop", "-t", str(seconds), self.name, seconds=seconds + 30)
         return self.exit_code
 
     def kill(self, signal: str = "KILL") -> None:
