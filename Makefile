@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format lock clean tools
+.PHONY: help run test soak check format lock env clean tools
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
 	@echo 'make lock    take the newest versions of what the service depends on into requirements.lock'
+	@echo 'make env     write .env and secrets/ for docker compose and swarm; what exists stays'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
 
 # Through the tether, so that the service ends with make even if make is killed.
@@ -23,6 +24,10 @@ run: .venv/.run
 # Two at a time: many tests wait for servers to die and come back. Tests of one file stay together.
 test: .venv/.dev tools
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Needs neither Python nor .venv, so that a server with nothing but Docker can say it.
+env:
+	@sh conf/make-env
 
 # Kills and restarts everything for MINUTES while jobs run, then proves that none was lost.
 MINUTES ?= 5
@@ -84,7 +89,7 @@ $(shell test -x .venv/bin/python || rm -rf .venv)
 TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
 # Only for CI, because Debian starts these as services when they are installed; elsewhere their tests are skipped.
 ifeq ($(CI),true)
-TOOLS += haproxy:haproxy caddy:caddy
+TOOLS += haproxy:haproxy caddy:caddy promtool:prometheus
 endif
 tools:
 	@missing=; packages=; PATH="$$PATH:/usr/sbin"; \

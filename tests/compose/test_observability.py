@@ -1,0 +1,94 @@
+"""What the stack's watchers are told: valid, and as long, as often and as narrowly as the design says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.compose.stack import PRODUCTION, ROOT, Stack, services
+
+CONF = ROOT / "conf"
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CONF / name).read_text())
+
+
+def test_promtool_accepts_the_configuration() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        missing = "promtool is not installed (Debian package: prometheus): conf/prometheus.yml is not checked by it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    done = subprocess.run(
+        [promtool, "check", "config", str(CONF / "prometheus.yml")], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_target_is_a_service_of_the_stack(stack: Stack) -> None:
+    known = {name for store in ("seaweedfs", "minio") for name in services(stack.compose(PRODUCTION, store))}
+    jobs = load("prometheus.yml")["scrape_configs"]
+    named = {name for job in jobs for found in job.get("dns_sd_configs", ()) for name in found["names"]}
+    groups = [group for job in jobs for group in job.get("static_configs", ())]
+    fixed = {target.partition(":")[0] for group in groups for target in group["targets"]}
+    assert (named | fixed) - {"localhost"} <= known
+    assert {"app", "s3", "minio"} <= named  # by DNS: any number of containers, also none
+
+
+def test_metrics_are_kept_for_15_days_and_asked_every_15_seconds(stack: Stack) -> None:
+    assert load("prometheus.yml")["global"]["scrape_interval"] == "15s"
+    assert "--storage.tsdb.retention.time=15d" in services(stack.compose(PRODUCTION, ""))["prometheus"]["command"]
+
+
+def test_lines_are_kept_for_7_days() -> None:
+    loki = load("loki.yml")
+    assert loki["limits_config"]["retention_period"] == "168h"
+    assert loki["compactor"]["retention_enabled"] is True
+    assert loki["compactor"]["delete_request_store"]
+
+
+def test_lines_have_few_labels() -> None:
+    alloy = (CONF / "config.alloy").read_text()
+    assert set(re.findall(r'target_label\s*=\s*"(\w+)"', alloy)) == {"service"}
+    assert re.findall(r"stage\.labels \{\s*values = \{(.*?)\}", alloy) == [' level = "" ']
+    assert alloy.count("{") == alloy.count("}")
+
+
+def test_grafana_finds_numbers_lines_and_traces() -> None:
+    sources = {each["uid"]: each for each in load("grafana/provisioning/datasources/delineate.yml")["datasources"]}
+    assert {uid: source["url"] for uid, source in sources.items()} == {
+        "prometheus": "http://prometheus:9090",
+        "loki": "http://loki:3100",
+        "jaeger": "http://jaeger:16686",
+    }
+    (field,) = sources["loki"]["jsonData"]["derivedFields"]
+    assert field["datasourceUid"] == "jaeger"
+    line = '{"level": "info", "traceId": "4bf92f3577b34da6a3ce929d0e0e4736", "spanId": ""}'
+    found = re.search(field["matcherRegex"], line)
+    assert found
+    assert found[1] == "4bf92f3577b34da6a3ce929d0e0e4736"
+    assert not re.search(field["matcherRegex"], '{"traceId": "", "spanId": ""}')
+
+
+def test_grafana_asks_for_a_password(stack: Stack) -> None:
+    environment = services(stack.compose(PRODUCTION, ""))["grafana"]["environment"]
+    assert environment["GF_SECURITY_ADMIN_PASSWORD__FILE"] == "/run/secrets/grafana_password"
+    assert (environment["GF_AUTH_ANONYMOUS_ENABLED"], environment["GF_USERS_ALLOW_SIGN_UP"]) == ("false", "false")
+
+
+def test_dashboards_come_from_the_folder_that_is_mounted(stack: Stack) -> None:
+    (provider,) = load("grafana/provisioning/dashboards/delineate.yml")["providers"]
+    mounts = {
+        volume["target"]: volume["source"]
+        for volume in services(stack.compose(PRODUCTION, ""))["grafana"]["volumes"]
+        if volume["type"] == "bind"
+    }
+    assert mounts[provider["options"]["path"]].endswith("/dashboards")
