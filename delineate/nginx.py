@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -72,12 +73,14 @@ class Store:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What of this machine goes into the configuration: DNS servers, /etc/hosts, IPv6, limits, nginx's version."""
+    """What of this machine goes into the configuration: DNS servers, /etc/hosts, IPv6, limits, root or not, and nginx's
+    version."""
 
     resolvers: tuple[str, ...]
     hosts: dict[str, str]
     ipv6: bool
     open_files: int
+    root: bool
     version: tuple[int, ...]
 
     @classmethod
@@ -88,6 +91,7 @@ class Machine:
             hosts=dict(_hosts(_text(Path("/etc/hosts")))),
             ipv6=_has_ipv6(),
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            root=os.geteuid() == 0,
             version=_version(),
         )
 
@@ -102,7 +106,9 @@ def render(template: str, config: Config, store: Store, folder: Path, machine: M
     url = urlsplit(store.url)
     host = url.hostname or ""
     tls = _tls_lines(config, machine)
-    values = {
+    values: dict[str, object] = {
+        # Otherwise nginx gives its workers to nobody, who may not enter the home.
+        "user": "user root;" if machine.root else "",
         "processes": nginx.processes,
         "connections": min(MAX_CONNECTIONS, machine.open_files),
         "drain_seconds": math.ceil(api.drain_timeout),
