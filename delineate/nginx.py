@@ -7,6 +7,7 @@ end a directive.
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import json
@@ -146,13 +147,33 @@ def render(template: str, config: Config, store: Store, folder: Path, machine: M
 
 
 def check(conf: Path) -> None:
-    """Let nginx read the file and open its ports. Raises StartupError with nginx's own words."""
+    """Let nginx read the file and open its ports. Raises StartupError with nginx's own words.
+
+    A port that another program has is no error in its eyes (check_ports).
+    """
     done = subprocess.run(command(conf, test=True), capture_output=True, text=True, timeout=CHECK_SECONDS)
     if done.returncode:
         # The last line but "test failed" says what; before it are the time and "[emerg]".
         words = [line for line in done.stderr.splitlines() if "[emerg]" in line] or done.stderr.splitlines()[-1:]
         reason = re.sub(r"^.*\[emerg\] (?:\d+#\d+: )?", "", " ".join(words))
         raise StartupError(f"nginx cannot start: {reason}")
+
+
+def check_ports(config: Config) -> None:
+    """Raises StartupError if another program has a port: nginx would try five times, and say so in ten lines."""
+    nginx = config.nginx
+    ports = {"http_port": nginx.http_port, "internal_port": nginx.internal_port}
+    if Path(nginx.certificate).exists():
+        ports["https_port"] = nginx.https_port
+    for name, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise StartupError(f"nginx.{name} {port} is in use by another program") from error
+                # Whatever else there is, nginx says in its own words.
 
 
 def command(conf: Path, *, test: bool = False) -> list[str]:
