@@ -42,22 +42,24 @@ CIPHERS = (
 
 # Where nginx answers by itself: status (its own 49x ones among them) -> what is sent.
 ERRORS: dict[str, tuple[int, str, str, str]] = {
-    "400 494": (400, "Bad Request", "bad_request", "This is not a request that can be understood."),
+    "400 494 501 505": (400, "Bad Request", "bad_request", "This is not a request that can be understood."),
     "495 496": (400, "Bad Request", "bad_certificate", "The TLS certificate of the client cannot be used."),
     "497": (400, "Bad Request", "tls_required", "This port speaks HTTPS."),
     "403": (403, "Forbidden", "forbidden", "This is not for everybody."),
     "404": (404, "Not Found", "not_found", "There is nothing at this path; /docs lists what there is."),
-    "405": (405, "Method Not Allowed", "method_not_allowed", "GET and HEAD are possible here."),
+    "405": (405, "Method Not Allowed", "method_not_allowed", "This method is not possible here."),
     "408": (408, "Request Timeout", "request_timeout", "The request took too long to arrive."),
     "411": (411, "Length Required", "length_required", "The request has a body of unknown length."),
     "413": (413, "Content Too Large", "body_too_large", "The body is larger than {body_bytes} bytes."),
     "414": (414, "URI Too Long", "uri_too_long", "The address is too long."),
     "429": (429, "Too Many Requests", "too_many_connections", "Too many connections from this address; repeat later."),
-    "500 501 505": (500, "Internal Server Error", "internal_error", "Something went wrong here; it has been logged."),
+    "500": (500, "Internal Server Error", "internal_error", "Something went wrong here; it has been logged."),
     "502": (502, "Bad Gateway", "bad_gateway", "The service does not answer now; repeat later."),
     "503": (503, "Service Unavailable", "unavailable", "The service is not available now; repeat later."),
     "504": (504, "Gateway Timeout", "gateway_timeout", "The service did not answer in time."),
 }
+# Nginx finds these before it has understood the path, and without one it cannot go to a named location.
+PATHLESS = {"400 494 501 505", "414"}
 LINK_ERRORS: dict[str, tuple[int, str, str, str]] = {
     "link": (403, "Forbidden", "link_refused", "This link has expired or was changed; ask for the download once more."),
     "gone": (410, "Gone", "archive_expired", "The archive has been deleted; start the export again."),
@@ -237,9 +239,10 @@ def _errors(body_bytes: int) -> str:
     lines = []
     for statuses, error in ERRORS.items():
         status = error[0]
-        name = f"@{statuses.split()[0]}"
+        pathless = statuses in PATHLESS
+        name = f"/errors/{status}" if pathless else f"@{statuses.split()[0]}"
         lines.append(f"error_page {statuses} ={status} {name};")
-        lines.append(_error_location(name, error, body_bytes))
+        lines.append(_error_location(f"= {name}" if pathless else name, error, body_bytes))
     lines += [_error_location(f"@{name}", error, body_bytes) for name, error in LINK_ERRORS.items()]
     return _lines(lines)
 
@@ -256,7 +259,8 @@ def _error_location(name: str, error: tuple[int, str, str, str], body_bytes: int
         },
         separators=(",", ":"),
     )
-    return f"location {name} {{ default_type application/json; return {status} '{document}'; }}"
+    internal = "" if name.startswith("@") else "internal; "
+    return f"location {name} {{ {internal}default_type application/json; return {status} '{document}'; }}"
 
 
 def _api_address(config: Config) -> str:
