@@ -19,7 +19,7 @@ import yaml
 from delineate.seed import SAMPLES
 from tests.chaos.traffic import Traffic
 from tests.image.conftest import Image
-from tests.image.docker import Docker, DockerError
+from tests.image.docker import Docker
 from tests.image.stack import SERVICES, Checkout
 from tests.servers import wait_until
 
@@ -50,19 +50,28 @@ class Swarm(Checkout):
 
     def update(self, *options: str) -> str:
         """Update `app` and wait for the outcome; what swarm calls it."""
-        with contextlib.suppress(DockerError):  # if it went back
-            self.docker(
-                *("service", "update", "--detach=false", "--quiet", "--no-resolve-image"),
-                *("--update-monitor", "5s", "--update-delay", "1s", "--rollback-monitor", "2s"),
-                *(*options, f"{self.stack}_app"),
-                seconds=280,
-            )
+        self.docker(
+            *("service", "update", "--detach", "--quiet", "--no-resolve-image"),
+            *("--update-monitor", "5s", "--update-delay", "1s", "--rollback-monitor", "2s"),
+            *(*options, f"{self.stack}_app"),
+        )
+
+        def ended() -> bool:
+            return self.update_state() not in ("updating", "rollback_started")
+
+        wait_until(ended, "the end of the update", 240)
+        return self.update_state()
+
+    def update_state(self) -> str:
         return self.docker("service", "inspect", "--format", "{{.UpdateStatus.State}}", f"{self.stack}_app").strip()
 
     def remove(self) -> None:
         """The stack, its containers and its volumes."""
         self.docker("stack", "rm", self.stack, seconds=120)
         label = f"label=com.docker.stack.namespace={self.stack}"
+        for container in self.docker("ps", "--quiet", "--filter", label).split():
+            with contextlib.suppress(DockerError):  # its drain would take its time, and ends by itself
+                self.docker("kill", container)
         wait_until(lambda: self.docker("ps", "--all", "--quiet", "--filter", label) == "", "the end of the stack", 120)
         volumes = self.docker("volume", "ls", "--quiet", "--filter", label).split()
         if volumes:
