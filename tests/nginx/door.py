@@ -304,3 +304,17 @@ class Dns(asyncio.DatagramProtocol):
         )  # a name, type A, class IN, one second to live
         head = data[:2] + b"\x81\x80\0\1" + len(found).to_bytes(2, "big") + b"\0\0\0\0"
         self._transport.sendto(head + asked + records, addr)
+
+
+@contextmanager
+def black_hole(address: str, port: int) -> Iterator[None]:
+    """A port that answers nothing, not even with a refusal: Linux throws away what comes to a full queue."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((address, port))
+        yield

@@ -20,7 +20,7 @@ from delineate.config import Config, StorageConfig
 from delineate.nginx import Machine, Store
 from delineate.storage import open_storage
 from tests.nginx.certificates import make_certificate
-from tests.nginx.door import CA_FILE, Dns, Door, Seen, Upstream, answer, door, steady_port
+from tests.nginx.door import CA_FILE, Dns, Door, Seen, Upstream, answer, black_hole, door, steady_port
 from tests.nginx.test_answers import ERROR_KEYS, check_error, get
 from tests.proxies.fronts import Api
 from tests.servers import ServerProcess
@@ -348,6 +348,21 @@ async def test_store_over_tls_is_verified(shared_config: Config, tmp_path: Path)
 
 def machine_with(dns: Dns) -> Machine:
     return dataclasses.replace(Machine.look(), resolvers=(f"127.0.0.1:{dns.port}",), hosts={}, ipv6=False)
+
+
+async def test_address_of_the_store_that_vanished_costs_no_download(shared_config: Config, tmp_path: Path) -> None:
+    """With half a second instead of five to connect."""
+    async with Upstream(address="127.0.0.2") as here, Dns("127.0.0.2", "127.0.0.3") as dns:
+        store = Store(url=f"http://store.example:{here.port}/archives", ca_file=CA_FILE)
+        machine, changes = machine_with(dns), {"proxy_connect_timeout 5s": "proxy_connect_timeout 500ms"}
+        with (
+            black_hole("127.0.0.3", here.port),
+            door(shared_config, tmp_path / "n", store=store, machine=machine, changes=changes) as nginx,
+        ):
+            link = get(f"/downloads/x?{NO_SIGNATURE}")
+            assert (await nginx.raw(link)).status == 200
+            replies = await asyncio.gather(*(nginx.raw(link) for _ in range(12)))
+            assert [reply.status for reply in replies] == [200] * 12
 
 
 async def test_store_is_looked_up_again_when_it_moves(shared_config: Config, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from delineate.config import Config
 from delineate.nginx import Machine
 from tests.api.running import next_event, parse_events, progress
-from tests.nginx.door import Dns, Door, Seen, Upstream, answer, door
+from tests.nginx.door import Dns, Door, Seen, Upstream, answer, black_hole, door
 from tests.nginx.test_answers import check_error, get, requests_left
 from tests.nginx.test_downloads import BODY, archived
 from tests.proxies.fronts import Api, worker_side
@@ -65,20 +64,6 @@ async def test_container_that_vanished_costs_no_request(shared_config: Config, t
             replies = await asyncio.gather(*(edge.raw(get("/v1/exports", method=m)) for m in ("GET", "POST") * 8))
             assert [reply.status for reply in replies] == [200] * 16
     assert len(one.seen) == 17
-
-
-@contextlib.contextmanager
-def black_hole(address: str, port: int) -> Iterator[None]:
-    """Linux throws away what comes to a full queue of connections."""
-    with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(socket.socket())
-        listener.bind((address, port))
-        listener.listen(0)
-        for _ in range(3):
-            waiting = sockets.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex((address, port))
-        yield
 
 
 async def test_container_without_an_api_is_passed_over(shared_config: Config, tmp_path: Path) -> None:

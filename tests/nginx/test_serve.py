@@ -33,12 +33,11 @@ async def test_connections_to_the_api_are_kept(shared_config: Config, tmp_path: 
         with door(shared_config, tmp_path / "n", api=port) as nginx:
             for _ in range(100):
                 assert (await nginx.raw(get("/health/live"))).status == 200
-            assert between.connected == 1
-            await asyncio.gather(*(nginx.raw(get("/health/live")) for _ in range(20)))
-            assert between.connected <= 20
-            connected = between.connected
-            await asyncio.gather(*(nginx.raw(get("/health/live")) for _ in range(20)))
-            assert between.connected <= connected + 5
+            # One, and another after each pause of a second.
+            assert between.connected <= 5
+            for _ in range(10):
+                await asyncio.gather(*(nginx.raw(get("/health/live")) for _ in range(20)))
+            assert between.connected <= 40
     finally:
         between.stop()
 
