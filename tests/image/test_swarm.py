@@ -19,7 +19,7 @@ import yaml
 from delineate.seed import SAMPLES
 from tests.chaos.traffic import Traffic
 from tests.image.conftest import Image
-from tests.image.docker import Docker
+from tests.image.docker import Docker, DockerError
 from tests.image.stack import SERVICES, Checkout
 from tests.servers import wait_until
 

@@ -70,7 +70,7 @@ async def test_the_command_makes_what_is_missing_and_renews_the_rule(
 
 async def test_samples_wait_for_the_store_and_are_put_once(config: Config, s3_server: ServerProcess) -> None:
     async with FaultyProxy(s3_server.port) as proxy:
-        proxy.faults = [answers(503)]
+        proxy.fail("HEAD", answers(503))
         store = elsewhere(replace(config.storage, endpoint_url=f"http://127.0.0.1:{proxy.port}"))
         await seed_when_ready(replace(config, storage=store))
         async with open_storage(store) as storage:
