@@ -159,7 +159,7 @@ def test_jobs_of_one_container_are_finished_by_another(make_app: AppMaker, files
 
 def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) -> None:
     app = make_app(env={"DELINEATE__STORAGE__SECRET_ACCESS_KEY": "wrong-secret"}, healthy=False)
-    wait_until(lambda: not app.running, "the container's end", 60)
+    wait_until(lambda: not app.running, "the container's end", 120)
     assert app.exit_code == 1
     assert "did not stay up; everything stopped" in app.logs()
     assert "refused access" in app.logs()
