@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
+import socket
+import ssl
 import time
 import uuid
 import zipfile
@@ -16,6 +20,8 @@ from tests.image.app import App
 from tests.image.conftest import Image
 from tests.image.docker import Docker
 from tests.image.stack import SERVICES, Checkout, objects
+from tests.nginx.certificates import make_certificate
+from tests.servers import free_port
 
 SAMPLE = {sample.file_id: sample for sample in SAMPLES}
 
@@ -25,8 +31,8 @@ class Compose(Checkout):
         super().__init__(docker, image, folder)
         self.project = f"delineate-{uuid.uuid4().hex[:8]}"
 
-    def __call__(self, *words: str, seconds: float = 300) -> str:
-        files = ("compose.yml", "compose.override.yml", "standins.yml")
+    def __call__(self, *words: str, tls: bool = False, seconds: float = 300) -> str:
+        files = ["compose.yml", "compose.override.yml", *(["compose.tls.yml"] if tls else []), "standins.yml"]
         named = [part for file in files for part in ("-f", file)]
         return self.run(
             "compose", "--project-name", self.project, "--profile", "seaweedfs", *named, *words, seconds=seconds
@@ -117,3 +123,24 @@ def test_everything_stops_in_order_and_starts_with_its_jobs(compose: Compose) ->
     assert {one["ExitCode"] for one in ended if one["Service"] in ("app", "nginx", "redis")} == {0}
     compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "app=2", "--wait", *SERVICES[:2])
     assert list(content(compose.nginx, job_id).values()) == [SAMPLE[70005].body()]
+
+
+def test_a_certificate_in_secrets_is_all_that_https_takes(compose: Compose, tmp_path: Path) -> None:
+    made = make_certificate(tmp_path)
+    for file, name in ((made.certificate, "tls.crt"), (made.key, "tls.key")):
+        secret = compose.folder / "secrets" / name
+        shutil.copy(file, secret)
+        secret.chmod(0o444)
+    port = compose.settings["DELINEATE_HTTPS_PORT"] = str(free_port())
+    compose("up", "--detach", "--no-build", "--no-deps", "--wait", "nginx", tls=True)
+    assert compose.nginx.get("/v1/exports").status == 308
+    context = ssl.create_default_context(cafile=str(made.certificate))
+    with (
+        socket.create_connection((compose.docker.host, int(port)), timeout=10) as connection,
+        context.wrap_socket(connection, server_hostname="localhost") as secure,
+    ):
+        secure.sendall(b"GET /v1/exports HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: secure.recv(65536), b"")).decode()
+    assert answer.startswith("HTTP/1.1 200 ")
+    assert re.search(r"^Set-Cookie: .*; Secure\r$", answer, re.MULTILINE | re.IGNORECASE)
+    assert "Strict-Transport-Security: max-age=" in answer
