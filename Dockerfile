@@ -61,7 +61,7 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 80 443
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["delineate", "healthcheck"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["delineate", "healthcheck"]
 ENTRYPOINT ["delineate"]
 CMD ["serve"]
 

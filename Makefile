@@ -87,9 +87,10 @@ $(shell test -x .venv/bin/python || rm -rf .venv)
 
 # Programs that the tests use to look at archives and at the service as its users do. Name and Debian package.
 TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
-# Only for CI, because Debian starts these as services when they are installed; elsewhere their tests are skipped.
+# Only for CI, because Debian makes these services when they are installed; elsewhere their tests are skipped. They are
+# not started at once (https://people.debian.org/~hmh/invokerc.d-policyrc.d-specification.txt), but with the machine.
 ifeq ($(CI),true)
-TOOLS += haproxy:haproxy caddy:caddy promtool:prometheus
+TOOLS += haproxy:haproxy caddy:caddy nginx:nginx promtool:prometheus
 endif
 tools:
 	@missing=; packages=; PATH="$$PATH:/usr/sbin"; \
@@ -99,6 +100,8 @@ tools:
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	    echo "Installing$$packages"; \
+	    policy=/usr/sbin/policy-rc.d; \
+	    test -e $$policy || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy && chmod +x $$policy; }; \
 	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$packages; } >/dev/null; \
 	  else \
 	    echo "make: the tests need$$missing; install them (Debian packages:$$packages)" >&2; exit 2; \

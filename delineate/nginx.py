@@ -7,10 +7,12 @@ end a directive.
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -40,22 +42,24 @@ CIPHERS = (
 
 # Where nginx answers by itself: status (its own 49x ones among them) -> what is sent.
 ERRORS: dict[str, tuple[int, str, str, str]] = {
-    "400 494": (400, "Bad Request", "bad_request", "This is not a request that can be understood."),
+    "400 494 501 505": (400, "Bad Request", "bad_request", "This is not a request that can be understood."),
     "495 496": (400, "Bad Request", "bad_certificate", "The TLS certificate of the client cannot be used."),
     "497": (400, "Bad Request", "tls_required", "This port speaks HTTPS."),
     "403": (403, "Forbidden", "forbidden", "This is not for everybody."),
     "404": (404, "Not Found", "not_found", "There is nothing at this path; /docs lists what there is."),
-    "405": (405, "Method Not Allowed", "method_not_allowed", "GET and HEAD are possible here."),
+    "405": (405, "Method Not Allowed", "method_not_allowed", "This method is not possible here."),
     "408": (408, "Request Timeout", "request_timeout", "The request took too long to arrive."),
     "411": (411, "Length Required", "length_required", "The request has a body of unknown length."),
     "413": (413, "Content Too Large", "body_too_large", "The body is larger than {body_bytes} bytes."),
     "414": (414, "URI Too Long", "uri_too_long", "The address is too long."),
     "429": (429, "Too Many Requests", "too_many_connections", "Too many connections from this address; repeat later."),
-    "500 501 505": (500, "Internal Server Error", "internal_error", "Something went wrong here; it has been logged."),
+    "500": (500, "Internal Server Error", "internal_error", "Something went wrong here; it has been logged."),
     "502": (502, "Bad Gateway", "bad_gateway", "The service does not answer now; repeat later."),
     "503": (503, "Service Unavailable", "unavailable", "The service is not available now; repeat later."),
     "504": (504, "Gateway Timeout", "gateway_timeout", "The service did not answer in time."),
 }
+# Nginx finds these before it has understood the path, and without one it cannot go to a named location.
+PATHLESS = {"400 494 501 505", "414"}
 LINK_ERRORS: dict[str, tuple[int, str, str, str]] = {
     "link": (403, "Forbidden", "link_refused", "This link has expired or was changed; ask for the download once more."),
     "gone": (410, "Gone", "archive_expired", "The archive has been deleted; start the export again."),
@@ -72,12 +76,14 @@ class Store:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What of this machine goes into the configuration: DNS servers, /etc/hosts, IPv6, limits, nginx's version."""
+    """What of this machine goes into the configuration: DNS servers, /etc/hosts, IPv6, limits, root or not, and nginx's
+    version."""
 
     resolvers: tuple[str, ...]
     hosts: dict[str, str]
     ipv6: bool
     open_files: int
+    root: bool
     version: tuple[int, ...]
 
     @classmethod
@@ -88,6 +94,7 @@ class Machine:
             hosts=dict(_hosts(_text(Path("/etc/hosts")))),
             ipv6=_has_ipv6(),
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            root=os.geteuid() == 0,
             version=_version(),
         )
 
@@ -102,7 +109,9 @@ def render(template: str, config: Config, store: Store, folder: Path, machine: M
     url = urlsplit(store.url)
     host = url.hostname or ""
     tls = _tls_lines(config, machine)
-    values = {
+    values: dict[str, object] = {
+        # Otherwise nginx gives its workers to nobody, who may not enter the home.
+        "user": "user root;" if machine.root else "",
         "processes": nginx.processes,
         "connections": min(MAX_CONNECTIONS, machine.open_files),
         "drain_seconds": math.ceil(api.drain_timeout),
@@ -140,13 +149,33 @@ def render(template: str, config: Config, store: Store, folder: Path, machine: M
 
 
 def check(conf: Path) -> None:
-    """Let nginx read the file and open its ports. Raises StartupError with nginx's own words."""
+    """Let nginx read the file and open its ports. Raises StartupError with nginx's own words.
+
+    A port that another program has is no error in its eyes (check_ports).
+    """
     done = subprocess.run(command(conf, test=True), capture_output=True, text=True, timeout=CHECK_SECONDS)
     if done.returncode:
         # The last line but "test failed" says what; before it are the time and "[emerg]".
         words = [line for line in done.stderr.splitlines() if "[emerg]" in line] or done.stderr.splitlines()[-1:]
         reason = re.sub(r"^.*\[emerg\] (?:\d+#\d+: )?", "", " ".join(words))
         raise StartupError(f"nginx cannot start: {reason}")
+
+
+def check_ports(config: Config) -> None:
+    """Raises StartupError if another program has a port: nginx would try five times, and say so in ten lines."""
+    nginx = config.nginx
+    ports = {"http_port": nginx.http_port, "internal_port": nginx.internal_port}
+    if Path(nginx.certificate).exists():
+        ports["https_port"] = nginx.https_port
+    for name, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise StartupError(f"nginx.{name} {port} is in use by another program") from error
+                # Whatever else there is, nginx says in its own words.
 
 
 def command(conf: Path, *, test: bool = False) -> list[str]:
@@ -210,9 +239,10 @@ def _errors(body_bytes: int) -> str:
     lines = []
     for statuses, error in ERRORS.items():
         status = error[0]
-        name = f"@{statuses.split()[0]}"
+        pathless = statuses in PATHLESS
+        name = f"/errors/{status}" if pathless else f"@{statuses.split()[0]}"
         lines.append(f"error_page {statuses} ={status} {name};")
-        lines.append(_error_location(name, error, body_bytes))
+        lines.append(_error_location(f"= {name}" if pathless else name, error, body_bytes))
     lines += [_error_location(f"@{name}", error, body_bytes) for name, error in LINK_ERRORS.items()]
     return _lines(lines)
 
@@ -229,7 +259,8 @@ def _error_location(name: str, error: tuple[int, str, str, str], body_bytes: int
         },
         separators=(",", ":"),
     )
-    return f"location {name} {{ default_type application/json; return {status} '{document}'; }}"
+    internal = "" if name.startswith("@") else "internal; "
+    return f"location {name} {{ {internal}default_type application/json; return {status} '{document}'; }}"
 
 
 def _api_address(config: Config) -> str:

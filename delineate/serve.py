@@ -26,7 +26,7 @@ from delineate.launch import (
     process_settings,
     supervisord_command,
 )
-from delineate.nginx import Machine, Store, check, command, render
+from delineate.nginx import Machine, Store, check, check_ports, command, render
 from delineate.storage import store_address
 
 FOLDERS = ("metrics", "run", "nginx")
@@ -75,6 +75,7 @@ def _configure_nginx(config: Config, home: Path, *, edge: bool) -> Path:
     conf = folder / "nginx.conf"
     template = find_file("nginx.conf").read_text(encoding="utf-8")
     conf.write_text(render(template, config, store, folder, Machine.look(), edge=edge), encoding="utf-8")
+    check_ports(config)
     check(conf)
     return conf
 

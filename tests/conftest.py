@@ -76,6 +76,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProces
 
 @pytest.fixture
 def config(redis_url: str, s3_server: ServerProcess) -> Config:
+    return unique_config(redis_url, s3_server.port)
+
+
+def unique_config(redis_url: str, s3_port: int) -> Config:
+    """A configuration with prefixes that nobody else has."""
     loaded = load_config({"DELINEATE_ENV": "test"}, CONF)
     unique = uuid.uuid4().hex[:12]
     replace = msgspec.structs.replace
@@ -84,7 +89,7 @@ def config(redis_url: str, s3_server: ServerProcess) -> Config:
         redis=replace(loaded.redis, url=redis_url, prefix=f"test-{unique}"),
         storage=replace(
             loaded.storage,
-            endpoint_url=f"http://127.0.0.1:{s3_server.port}",
+            endpoint_url=f"http://127.0.0.1:{s3_port}",
             access_key_id=ACCESS_KEY,
             secret_access_key=SECRET_KEY,
             archive_prefix=f"exports-{unique}/",

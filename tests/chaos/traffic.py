@@ -40,6 +40,7 @@ class Connection:
         self._port, self._keep = port, keep
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
+        self._chunked = False
 
     async def request(self, method: str, path: str, body: bytes = b"") -> Reply:
         """Raises Failed, whatever went wrong."""
@@ -73,14 +74,22 @@ class Connection:
     async def head(self) -> tuple[int, dict[str, str]]:
         block = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
         fields = (line.partition(":") for line in block[1:] if line)
-        return int(block[0].split()[1]), {name.lower(): value.strip() for name, _, value in fields}
+        headers = {name.lower(): value.strip() for name, _, value in fields}
+        self._chunked = headers.get("transfer-encoding") == "chunked"
+        return int(block[0].split()[1]), headers
 
     async def events(self) -> AsyncIterator[dict[str, str]]:
         """The fields of each event, until the server ends the stream. Raises Failed if it breaks."""
         fields: dict[str, str] = {}
+        ended = not self._chunked
         try:
             while line := await self._reader.readline():
-                if line == b"\n":
+                if self._chunked and line.endswith(b"\r\n"):
+                    # What frames chunks (RFC 9112, 7.1): events have no carriage returns, and none is split here.
+                    if line == b"0\r\n":
+                        ended = True
+                        break
+                elif line == b"\n":
                     if fields:
                         yield fields
                     fields = {}
@@ -89,8 +98,8 @@ class Connection:
                     fields[name] = value
         except OSError as error:
             raise Failed(f"a stream broke: {error!r}") from error
-        if fields:
-            raise Failed(f"a stream ended within an event: {fields}")
+        if fields or not ended:
+            raise Failed(f"a stream was cut off: {fields}")
 
     def close(self) -> None:
         if self._writer is not None:

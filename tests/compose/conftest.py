@@ -25,7 +25,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stack(checkout: Path) -> Stack:
     if not docker_has_compose():
         missing = "docker with its compose plugin is not installed: the compose files are not checked"
-        if os.environ.get("CI") == "true":
+        # .ci/run sets the second where there can be no Docker.
+        if os.environ.get("CI") == "true" and os.environ.get("DELINEATE_TEST_IMAGE") != "skip":
             pytest.fail(missing)
         pytest.skip(missing)
     return Stack(checkout)

@@ -110,41 +110,36 @@ def test_first_process_reaps_orphans(app: App) -> None:
     assert "reaped" not in app.logs()
 
 
-def test_stop_in_the_middle_of_a_job_and_start_again(make_app: AppMaker, files: dict[int, bytes]) -> None:
-    slow = {
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED": "true",
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__MIN": "8",
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__MAX": "8",
-    }
-    app = make_app(env=slow)
+def in_the_middle_of_a_job(make_app: AppMaker, delay: int) -> tuple[App, str]:
+    """An app that has begun a job of several parts, which takes `delay` seconds besides."""
+    slow = {f"DELINEATE__PROCESSING__SIMULATED_DELAY__{bound}": str(delay) for bound in ("MIN", "MAX")}
+    app = make_app(env={"DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED": "true", **slow})
     job_id = app.export([70005, LARGE])
     app.wait_until(lambda: app.get(f"/v1/export/{job_id}").json()["status"] == "processing", "the job's start")
+    return app, job_id
+
+
+def starts_again_and_finishes(app: App, job_id: str, files: dict[int, bytes]) -> None:
+    app.start()
+    app.wait_healthy()
+    assert app.completed(job_id)["attempts"] == 1
+    assert list(archive_of(app, job_id).values()) == [files[70005], files[LARGE]]
+
+
+def test_stop_in_the_middle_of_a_job_and_start_again(make_app: AppMaker, files: dict[int, bytes]) -> None:
+    app, job_id = in_the_middle_of_a_job(make_app, 8)
     started = time.monotonic()
     app.stop(seconds=10)
     assert time.monotonic() - started < 10, "the container was killed"
     assert app.exit_code == 0
     assert "draining" in app.logs()
-    app.start()
-    app.wait_healthy()
-    job = app.completed(job_id)
-    assert job["attempts"] == 1
-    assert list(archive_of(app, job_id).values()) == [files[70005], files[LARGE]]
+    starts_again_and_finishes(app, job_id, files)
 
 
 def test_kill_in_the_middle_of_a_job_and_start_again(make_app: AppMaker, files: dict[int, bytes]) -> None:
-    slow = {
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__ENABLED": "true",
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__MIN": "3",
-        "DELINEATE__PROCESSING__SIMULATED_DELAY__MAX": "3",
-    }
-    app = make_app(env=slow)
-    job_id = app.export([70005, LARGE])
-    app.wait_until(lambda: app.get(f"/v1/export/{job_id}").json()["status"] == "processing", "the job's start")
+    app, job_id = in_the_middle_of_a_job(make_app, 3)
     app.kill()
-    app.start()
-    app.wait_healthy()
-    assert app.completed(job_id)["attempts"] == 1
-    assert list(archive_of(app, job_id).values()) == [files[70005], files[LARGE]]
+    starts_again_and_finishes(app, job_id, files)
 
 
 def test_jobs_of_one_container_are_finished_by_another(make_app: AppMaker, files: dict[int, bytes]) -> None:
@@ -159,7 +154,7 @@ def test_jobs_of_one_container_are_finished_by_another(make_app: AppMaker, files
 
 def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) -> None:
     app = make_app(env={"DELINEATE__STORAGE__SECRET_ACCESS_KEY": "wrong-secret"}, healthy=False)
-    wait_until(lambda: not app.running, "the container's end", 60)
+    wait_until(lambda: not app.running, "the container's end", 120)
     assert app.exit_code == 1
     assert "did not stay up; everything stopped" in app.logs()
     assert "refused access" in app.logs()

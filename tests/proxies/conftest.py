@@ -8,37 +8,19 @@ proxy           HAProxy, then Caddy, in front of quiet_api
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
-import msgspec
 import pytest
 
-from delineate.config import Config, load_config
-from tests.conftest import CONF
+from delineate.config import Config
+from tests.conftest import unique_config
 from tests.proxies.fronts import ARGUMENTS, Api, Front, front
-from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess
+from tests.servers import ServerProcess
 
 
 @pytest.fixture(scope="module")
 def shared_config(redis_url: str, s3_server: ServerProcess) -> Config:
-    loaded, unique, replace = (
-        load_config({"DELINEATE_ENV": "test"}, CONF),
-        uuid.uuid4().hex[:12],
-        msgspec.structs.replace,
-    )
-    return replace(
-        loaded,
-        redis=replace(loaded.redis, url=redis_url, prefix=f"test-{unique}"),
-        storage=replace(
-            loaded.storage,
-            endpoint_url=f"http://127.0.0.1:{s3_server.port}",
-            access_key_id=ACCESS_KEY,
-            secret_access_key=SECRET_KEY,
-            archive_prefix=f"exports-{unique}/",
-            source_key=f"{unique}/{{file_id}}",
-        ),
-    )
+    return unique_config(redis_url, s3_server.port)
 
 
 @pytest.fixture(scope="module")

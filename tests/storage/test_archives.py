@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -11,7 +12,7 @@ from yarl import URL
 
 from delineate.config import StorageConfig
 from delineate.errors import AccessRefused, StorageUnavailable
-from delineate.storage import Storage, open_storage
+from delineate.storage import Storage, open_storage, store_address
 from tests.storage.conftest import Proxied
 from tests.storage.proxy import answers, loses
 
@@ -251,6 +252,20 @@ async def test_link_names_the_store_as_clients_reach_it(rclone: StorageConfig) -
     assert url.startswith(public.public_endpoint_url)
     assert (await fetched(url))[:2] == (200, LAST)
     assert (await fetched(url.replace("localhost", "127.0.0.1")))[0] == 403
+
+
+async def test_link_through_a_proxy_is_signed_for_the_store_itself(rclone: StorageConfig) -> None:
+    public = replace(rclone, public_endpoint_url="https://dl.example.org/downloads/")
+    key = key_in(public)
+    async with open_storage(public) as storage:
+        await storage.prepare_buckets()
+        await storage.put_archive(key, memoryview(LAST), NAME)
+        url = await storage.presign(key, NAME, 60)
+    proxied, address = "https://dl.example.org/downloads", await store_address(public)
+    assert url.startswith(f"{proxied}/{quote(key)}?")
+    # What nginx makes of it: the path of the bucket in place of its own, and the Host that was signed.
+    assert (await fetched(url.replace(proxied, address.archives_url)))[:2] == (200, LAST)
+    assert (await fetched(url.replace(proxied, address.archives_url).replace("127.0.0.1", "localhost")))[0] == 403
 
 
 async def test_refused_upload_is_not_tried_again(rclone: StorageConfig) -> None:

@@ -15,6 +15,7 @@ from delineate.errors import (
     StorageTimeout,
     StorageUnavailable,
 )
+from delineate.seed import SAMPLES, make_buckets, seed, seed_when_ready
 from delineate.storage import open_storage, wait_for_storage
 from tests.servers import ServerProcess, free_port
 from tests.storage.conftest import Proxied
@@ -49,6 +50,39 @@ async def test_a_created_bucket_for_archives_forgets_old_ones(
         assert rule["Expiration"]["Days"] == rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 2
         assert rule["Filter"]["Prefix"] == store.archive_prefix
         assert not caplog.records or "lifecycle" not in caplog.text
+
+
+async def test_the_command_makes_what_is_missing_and_renews_the_rule(
+    config: Config, moto_server: ServerProcess
+) -> None:
+    store = elsewhere(
+        replace(config.storage, endpoint_url=f"http://127.0.0.1:{moto_server.port}"), create_buckets=False
+    )
+    await make_buckets(replace(config, storage=store))
+    # Once more, on buckets that are there, with another number of days.
+    await make_buckets(replace(config, storage=replace(store, archive_days=5)))
+    async with open_storage(store) as storage:
+        await storage.check()
+        client = storage._store.client
+        (rule,) = (await client.get_bucket_lifecycle_configuration(Bucket=store.archive_bucket))["Rules"]
+        assert rule["Expiration"]["Days"] == 5
+
+
+async def test_samples_wait_for_the_store_and_are_put_once(config: Config, s3_server: ServerProcess) -> None:
+    async with FaultyProxy(s3_server.port) as proxy:
+        proxy.fail("HEAD", answers(503))
+        store = elsewhere(replace(config.storage, endpoint_url=f"http://127.0.0.1:{proxy.port}"))
+        await seed_when_ready(replace(config, storage=store))
+        async with open_storage(store) as storage:
+            assert await storage.probe(SAMPLES[-1].file_id, 10)
+            assert await seed(replace(config, storage=store)) == 0
+
+
+async def test_commands_say_in_one_line_that_access_was_refused(config: Config) -> None:
+    wrong = replace(config, storage=replace(config.storage, secret_access_key="wrong-secret"))
+    for command in (make_buckets, seed_when_ready):
+        with pytest.raises(StartupError, match="refused access"):
+            await command(wrong)
 
 
 async def test_a_store_without_lifecycle_rules_still_gets_its_buckets(
