@@ -22,6 +22,8 @@ COPY delineate delineate
 RUN pip/bin/pip --python /image/opt/delineate/bin/python install --quiet --no-cache-dir --no-compile --no-deps .
 COPY supervisord.conf nginx.conf LICENSE /image/app/
 COPY conf /image/app/conf
+# `supervisorctl status` finds this file in the working directory, and by it the container's own supervisord.
+RUN sed -i 's|^serverurl=.*|serverurl=unix://%(ENV_DELINEATE_HOME)s/run/supervisor.sock|' /image/app/supervisord.conf
 # Botocore brings the descriptions of 400 services, and one is used; other packages bring their tests. Scripts and
 # pyvenv.cfg name the place where they are going to be. Bytecode is made here: the root may be read-only later.
 ARG SOURCE_DATE_EPOCH=0
