@@ -1,6 +1,6 @@
 """What each part of a fleet costs, in CPU seconds, bytes and commands: the figures of docs/scaling.md.
 
-    python -m benchmarks.scaling [--rounds 2] [--seconds 1.5] [--streams 1000,4000] [--part requests,...]
+    python -m benchmarks.scaling [--rounds 2] [--seconds 2] [--streams 1000,4000] [--part requests,...]
 
 A real Redis, `rclone serve s3`, two services as the container runs them, one
 with one API and one worker process and one with two of each, and an nginx in
@@ -34,6 +34,7 @@ from benchmarks.scaling.exports import (
     measure_progress,
     measure_records,
     measure_rest,
+    seed,
 )
 from benchmarks.scaling.fleet import running_fleet
 from benchmarks.scaling.requests import measure_requests
@@ -49,6 +50,7 @@ async def measure(
 ) -> dict[str, Any]:
     extra = {name: value for name, value in os.environ.items() if name.startswith("DELINEATE__")}
     results: dict[str, Any] = {}
+    seed(folder / "s3" / "files")
     with running_fleet(folder, extra) as fleet:
         for part in parts:
             if part == "rest":
@@ -115,7 +117,7 @@ def per_thousand(row: dict[str, Any], role: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--seconds", type=int, default=2, help="whole ones, because wrk knows no others")
     parser.add_argument("--streams", default="1000,4000", help="how many streams to open, smallest first")
     parser.add_argument("--part", default=",".join(PARTS), help="what to measure")
     options = parser.parse_args()

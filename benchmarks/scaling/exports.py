@@ -9,6 +9,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -45,16 +46,17 @@ SMALL = Load("small files: 3 jobs of 1,000 x 10 KB", 80_000, 3, 1_000, 10_000)
 TINY = Load("tiny jobs: 600 of 1 x 1 KB", 90_000, 600, 1, 1_000)
 
 
-def seed(fleet: Fleet) -> None:
+def seed(sources: Path) -> None:
+    """Write the files of every load; before rclone starts, which remembers for minutes what a folder had."""
+    sources.mkdir(parents=True)
     for load in (LARGE, SMALL, TINY):
         noise = os.urandom(load.size)
         for file_id in range(load.first_id, load.first_id + load.files):
-            (fleet.sources / str(file_id)).write_bytes(noise)
+            (sources / str(file_id)).write_bytes(noise)
 
 
 async def measure_exports(fleet: Fleet, rounds: int) -> list[dict[str, Any]]:
     """One row a round, load and number of worker processes."""
-    seed(fleet)
     rows: list[dict[str, Any]] = []
     resting = await commands_at_rest(fleet)
     plan: list[tuple[Load, Service]] = [
@@ -102,7 +104,6 @@ async def run_load(fleet: Fleet, service: Service, load: Load, resting: Counter[
 
 async def measure_downloads(fleet: Fleet, rounds: int) -> dict[str, float]:
     """CPU seconds for each GB of archives that leaves through nginx, of nginx and of the store behind it."""
-    seed(fleet)
     service = fleet.one
     async with open_queue(service.config) as queue, listening(service) as ended:
         (job_id,) = await enqueue(queue, LARGE._replace(jobs=1))
@@ -132,7 +133,6 @@ def fetch(url: str) -> int:
 
 async def measure_records(fleet: Fleet) -> dict[str, float]:
     """Redis' bytes for a job of one file that waits, and for one that is completed, each of its own caller."""
-    seed(fleet)
     service = fleet.one
     fleet.forget_jobs(service.config.redis.prefix)
     await pause((service,))

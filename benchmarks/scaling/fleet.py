@@ -124,7 +124,6 @@ class Fleet:
     redis: Redis
     redis_pid: int
     store_pid: int
-    sources: Path
     archives: Path
 
     def pids(self) -> dict[str, list[int]]:
@@ -174,9 +173,9 @@ class Meter:
 
 @contextmanager
 def running_fleet(folder: Path, extra: dict[str, str]) -> Iterator[Fleet]:
-    """A fleet in `folder`; `extra` are settings of all services."""
-    sources, archives = folder / "s3" / "files", folder / "s3" / "archives"
-    for path in (sources, archives, folder / "redis"):
+    """A fleet in `folder`, whose s3/files has the files already; `extra` are settings of all services."""
+    archives = folder / "s3" / "archives"
+    for path in (archives, folder / "redis"):
         path.mkdir(parents=True)
     redis_port, store_port = free_port(), free_port()
     environ = {
@@ -218,7 +217,6 @@ def running_fleet(folder: Path, extra: dict[str, str]) -> Iterator[Fleet]:
             redis=client,
             redis_pid=redis.process.pid,
             store_pid=store.process.pid,
-            sources=sources,
             archives=archives,
         )
 
