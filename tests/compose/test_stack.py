@@ -64,6 +64,15 @@ def test_development_publishes_on_loopback_alone(stack: Stack) -> None:
     assert {"80", "3000", "6379", "8333", "9090", "3100", "3001", "16686", "4318"} <= {port for *_, port in ports}
 
 
+def test_nginx_does_not_run_out_of_ports(stack: Stack) -> None:
+    """It opens a connection for each request; how many a second that allows is in docs/scaling.md."""
+    for rendered in (stack.compose(PRODUCTION, "seaweedfs"), stack.swarm(("compose.yml",))):
+        assert services(rendered)["nginx"]["sysctls"] == {
+            "net.ipv4.ip_unprivileged_port_start": "0",
+            "net.ipv4.tcp_tw_reuse": "1",
+        }
+
+
 @every_store
 def test_only_what_publishes_is_outside_the_internal_network(stack: Stack, profile: str) -> None:
     rendered = stack.compose(PRODUCTION, profile)

@@ -1,0 +1,1 @@
+"""What each part of a fleet costs: the figures of docs/scaling.md."""
