@@ -127,7 +127,7 @@ def test_files_of_a_process_that_was_killed_while_it_started_harm_nobody(tmp_pat
     run(tmp_path, "killed")
     dead = next(tmp_path.glob("counter_*.db")).stem.rpartition("_")[2]
     (tmp_path / f"histogram_{dead}.db").write_bytes(b"")
-    (tmp_path / f"process_{dead}.new").write_bytes(b"{")
+    (tmp_path / f"new.process_{dead}").write_bytes(b"{")
     assert values(run(tmp_path, "asked"), "export_jobs_total")['status="completed"'] == 2
 
 

@@ -34,6 +34,9 @@ _KINDS: dict[bytes, str | None] = {
     b"UNSUBSCRIBE": None,
 }
 
+MAX_STARTS = 500
+_known_starts: dict[bytes, Timings | None] = {}
+
 
 class Pool(BlockingConnectionPool):
     """Lets a burst wait for a connection; the default pool would answer it with an error.
@@ -90,6 +93,13 @@ class _Mended:
 def _timings_of(command: bytes | Iterable[bytes]) -> Timings | None:
     """By the name in `*3\\r\\n$7\\r\\nEVALSHA...`; a pipeline counts as its first command."""
     packed = command if isinstance(command, bytes) else next(iter(command), b"")
-    parts = packed[:32].split(b"\r\n", 3)
-    kind = _KINDS.get(parts[2], "command") if len(parts) > 3 else "command"
-    return None if kind is None else REDIS_TIMINGS[kind]
+    # Enough for every name in _KINDS, and little of the arguments, so that few of these are met again and again.
+    start = packed[:20]
+    try:
+        return _known_starts[start]
+    except KeyError:
+        name = (*start.split(b"\r\n", 3), b"", b"")[2]
+        kind = _KINDS.get(name, "command")
+        if len(_known_starts) < MAX_STARTS:
+            _known_starts[start] = None if kind is None else REDIS_TIMINGS[kind]
+        return None if kind is None else REDIS_TIMINGS[kind]

@@ -236,6 +236,6 @@ def _add_up(folder: Path, kind: str, files: list[Path]) -> None:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    fresh = file.with_name(f"{file.name}.new")
+    fresh = file.with_name(f"new.{file.name}")
     fresh.write_bytes(content)
     fresh.replace(file)
