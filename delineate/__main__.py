@@ -57,14 +57,19 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_config()
     set_up_logs(config.log, f"delineate-{command}")
-    if command == "api":
-        from delineate.api.app import serve
+    if command in ("api", "worker"):
+        from delineate.telemetry.processes import registered
 
-        uvloop.run(serve(config, options.ready))
-    elif command == "worker":
-        from delineate.worker.loop import serve as work
+        # Before the rest is imported, which opens this process' metrics.
+        with registered(config.telemetry, command):
+            if command == "api":
+                from delineate.api.app import serve
 
-        uvloop.run(work(config, options.ready))
+                uvloop.run(serve(config, options.ready))
+            else:
+                from delineate.worker.loop import serve as work
+
+                uvloop.run(work(config, options.ready))
     else:
         from delineate.seed import make_buckets, seed_when_ready
 

@@ -117,7 +117,7 @@ def make_folders(path: Path, folders: Iterable[str]) -> None:
 
 def forget_processes(path: Path) -> None:
     """Remove what the processes of the last run left behind: their metrics, and that they were ready or failed."""
-    for file in (*(path / "metrics").glob("*.db"), *(path / "run").glob("*.ready"), fatal_file(path)):
+    for file in (*(path / "metrics").iterdir(), *(path / "run").glob("*.ready"), fatal_file(path)):
         file.unlink(missing_ok=True)
 
 

@@ -40,7 +40,7 @@ from delineate.queue.progress import JobEvents, open_job_events
 from delineate.ready import ready
 from delineate.storage import Storage, open_storage
 from delineate.supervision import handed_over
-from delineate.telemetry.metrics import check_metrics
+from delineate.telemetry.metrics import expect_requests
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class Api(HTTPServerConnectionDelegate):
         self.request_timeout = config.api.request_timeout
         self.cors_origins = frozenset(config.api.cors_origins)
         self._tasks: set[asyncio.Task[None]] = set()
+        for route in ROUTES:
+            expect_requests(route.method, route.path, (200, 500, 503, 504, *((429,) if route.counted else ())))
 
     @property
     def closing(self) -> bool:
@@ -225,7 +227,6 @@ async def serve(config: Config, ready_file: Path | None = None) -> None:
 
     `ready_file` appears once both have answered. Raises StartupError for what an operator has to change.
     """
-    check_metrics(config.telemetry)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

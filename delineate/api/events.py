@@ -18,7 +18,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from delineate.api.feeds import Feed, Feeds
 from delineate.api.handler import Answer, Request, Route
 from delineate.config import SseConfig
-from delineate.telemetry.metrics import ACTIVE_SSE_CONNECTIONS
+from delineate.telemetry.metrics import ACTIVE_SSE_CONNECTIONS, SSE_ENDED, SSE_EVENT
 
 HEARTBEAT = b": heartbeat\n\n"
 # A stream whose socket has been full for so many heartbeats has a reader that is gone or asleep.
@@ -50,7 +50,7 @@ class Streams:
         """End every stream cleanly; its client comes back, to another process."""
         for some in self._slices:
             for stream in tuple(some):
-                stream.end_with_retry()
+                stream.end_with_retry("drain")
 
     def add(self, stream: EventStream) -> int:
         self._next = (self._next + 1) % SLICES
@@ -58,7 +58,8 @@ class Streams:
         ACTIVE_SSE_CONNECTIONS.inc()
         return self._next
 
-    def remove(self, stream: EventStream, place: int) -> None:
+    def remove(self, stream: EventStream, place: int, reason: str) -> None:
+        SSE_ENDED[reason].inc()
         self._slices[place].discard(stream)
         ACTIVE_SSE_CONNECTIONS.dec()
 
@@ -66,7 +67,18 @@ class Streams:
 class EventStream(Answer):
     """An answer that goes on. Either `start` or `abandon` is called once, right after it was made."""
 
-    __slots__ = ("_blocked_since", "_ending", "_feed", "_feeds", "_place", "_sent", "_stream", "_streams", "_timer")
+    __slots__ = (
+        "_blocked_since",
+        "_ending",
+        "_feed",
+        "_feeds",
+        "_place",
+        "_reason",
+        "_sent",
+        "_stream",
+        "_streams",
+        "_timer",
+    )
     _stream: IOStream
 
     def __init__(self, feeds: Feeds, feed: Feed, streams: Streams) -> None:
@@ -80,6 +92,7 @@ class EventStream(Answer):
         self._blocked_since: float | None = None
         self._ending = False
         self._place = -1
+        self._reason = "client_gone"  # unless we end it first
         self._timer: asyncio.TimerHandle | None = None
 
     def abandon(self) -> None:
@@ -99,37 +112,42 @@ class EventStream(Answer):
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.max_buffer_bytes // 2)
         stream.set_nodelay(True)
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(config.max_duration, self.end_with_retry)
+        self._timer = loop.call_later(config.max_duration, self.end_with_retry, "max_duration")
         self._sent = self._feed.state
         self._write(b"%bretry: %d\n\n%b" % (head, config.retry * 1000, self._feed.frame))
-        if self._feed.final:
-            self._end()
+        self._sent_frame()
 
     def show(self) -> None:
         """Send what the feed has, if it is newer and the socket can take it; else `_drained` does."""
         feed = self._feed
         if feed.gone:
-            self.end_with_retry()
+            self.end_with_retry("job_gone")
         elif feed.state != self._sent and self._blocked_since is None and not self._ending:
             self._sent = feed.state
             self._write(feed.frame)
-            if feed.final:
-                self._end()
+            self._sent_frame()
+
+    def _sent_frame(self) -> None:
+        final = self._feed.final
+        SSE_EVENT[final.status if final else "progress"].inc()
+        if final:
+            self._end("job_ended")
 
     def beat(self) -> None:
         """Once a heartbeat: keep the connection alive, or drop a reader that has long stopped reading."""
         if self._blocked_since is None:
             self._write(HEARTBEAT)
         elif self._now() - self._blocked_since > MAX_BLOCKED_HEARTBEATS * self._streams.config.heartbeat:
+            self._reason = "slow_reader"
             self._stream.close()
 
-    def end_with_retry(self) -> None:
+    def end_with_retry(self, reason: str) -> None:
         """End cleanly before the job does; the jitter keeps a fleet's clients from coming back all at once."""
         if not self._ending:
             if self._blocked_since is None:
                 milliseconds = self._streams.config.retry * 1000 * random.uniform(0.5, 1.5)
                 self._write(b"retry: %d\n\n" % milliseconds)
-            self._end()
+            self._end(reason)
 
     def _write(self, data: bytes) -> None:
         try:
@@ -149,15 +167,16 @@ class EventStream(Answer):
         else:
             self.show()
 
-    def _end(self) -> None:
+    def _end(self, reason: str) -> None:
         self._ending = True
+        self._reason = reason
         if self._blocked_since is None:
             self._stream.close()
 
     def _closed(self) -> None:
         """The one place where a stream is forgotten, whoever closed it."""
         self._ending = True
-        self._streams.remove(self, self._place)
+        self._streams.remove(self, self._place, self._reason)
         self._feed.watchers.discard(self.show)
         self._feeds.leave(self._feed)
         if self._timer is not None:

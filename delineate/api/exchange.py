@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from delineate.api.app import Api
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# What nginx writes into its log for a client that left before its answer; nobody receives it.
+_CLIENT_GONE = 499
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
 # A client that sends too much reads our answer only when it has sent it all, and a connection that is
 # closed with unread bytes is reset, answer included: so this much is read and thrown away.
@@ -162,7 +164,7 @@ class Exchange(HTTPMessageDelegate):
         if isinstance(answer, EventStream):
             answer.start(stream, block)
             if self._api.closing:
-                answer.end_with_retry()
+                answer.end_with_retry("drain")
             return
         try:
             await stream.write(block)
@@ -181,14 +183,26 @@ class Exchange(HTTPMessageDelegate):
                 return await route.handle(request)
             async with asyncio.timeout(self._api.request_timeout):
                 return await route.handle(request)
+        except asyncio.CancelledError:
+            self._count(_CLIENT_GONE)
+            raise
         except Exception as error:
             return error_answer(error, request)
+
+    def _count(self, status: int) -> None:
+        """Once a request: with its answer, or when it will have none."""
+        method = self._request.method
+        metrics.count_request(
+            method if method in _METHODS else "OTHER",
+            self._route.path,
+            status,
+            time.perf_counter() - self._started,
+        )
 
     def _render(self, answer: Answer) -> bytes:
         """The answer as it goes over the wire."""
         request, status = self._request, answer.status
-        method = request.method if request.method in _METHODS else "OTHER"
-        metrics.count_request(method, self._route.path, status, time.perf_counter() - self._started)
+        self._count(status)
         specific = _lines(answer) if answer.headers or answer.content_type is not JSON_TYPE else _JSON_LINES
         bodiless = status in (204, 304) or isinstance(answer, EventStream)
         length = b"" if bodiless else b"Content-Length: %d\r\n" % len(answer.body)

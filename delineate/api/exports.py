@@ -19,7 +19,7 @@ from delineate.api.schemas import ExportRequest, parse_export, parse_idempotency
 from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Enqueued
-from delineate.telemetry.metrics import DOWNLOADS
+from delineate.telemetry.metrics import DOWNLOAD_LINKS
 
 # The reference polls every 2 to 5 seconds.
 POLL_SECONDS = 2
@@ -81,14 +81,14 @@ async def download_export(request: Request) -> Answer:
     redirect = request.query("redirect")
     job = await _existing(request)
     if job.status is not JobStatus.COMPLETED or job.result is None:
-        DOWNLOADS.labels("not_ready").inc()
+        DOWNLOAD_LINKS.labels("not_ready").inc()
         raise _not_ready(job)
     try:
         link = await request.services.links.fresh(job)
     except ArchiveExpired:
-        DOWNLOADS.labels("expired").inc()
+        DOWNLOAD_LINKS.labels("expired").inc()
         raise
-    DOWNLOADS.labels("ready").inc()
+    DOWNLOAD_LINKS.labels("ready").inc()
     document = DownloadDocument(
         job_id=job.id,
         download_url=link.url,

@@ -13,7 +13,7 @@ from delineate.api.handler import Answer, Request, Route, json_answer
 from delineate.errors import DelineateError
 from delineate.queue import Queue, QueueStats
 from delineate.storage import Storage
-from delineate.telemetry.metrics import EXPORT_QUEUE_SIZE, render_metrics
+from delineate.telemetry.exposition import Look, QueueLook, render_metrics
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -86,14 +86,21 @@ async def show_life(_: Request) -> Answer:
 
 
 async def show_metrics(request: Request) -> Answer:
-    await request.services.checks.look()
+    states = await request.services.checks.look()
     stats = request.services.checks.stats
-    if stats is not None:
-        for state in ("waiting", "active", "delayed", "failed"):
-            EXPORT_QUEUE_SIZE.labels(state).set(getattr(stats, state))
+    look = Look({name: state == "ok" for name, state in states.items()}, _queue_look(stats) if stats else None)
     # In a thread: with many processes this reads and merges many files.
-    text = await asyncio.to_thread(render_metrics, request.services.config.telemetry)
+    text = await asyncio.to_thread(render_metrics, request.services.config.telemetry, look)
     return Answer(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _queue_look(stats: QueueStats) -> QueueLook:
+    return QueueLook(
+        sizes={name: getattr(stats, name) for name in ("waiting", "active", "delayed", "failed")},
+        oldest_waiting_seconds=stats.oldest_waiting_seconds,
+        workers=stats.workers,
+        paused=stats.paused,
+    )
 
 
 ROUTES = [

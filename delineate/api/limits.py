@@ -8,6 +8,7 @@ from delineate.api.handler import Request
 from delineate.config import RateLimitConfig
 from delineate.errors import RateLimited
 from delineate.queue import Queue, RateLimit
+from delineate.telemetry.metrics import RATE_LIMITED
 
 
 class Limiter:
@@ -25,6 +26,7 @@ class Limiter:
             return
         rate = request.rate = await self._queue.count_request(request.caller)
         if not rate.allowed:
+            RATE_LIMITED.inc()
             raise RateLimited(
                 f"more than {rate.limit} requests within {self._config.window:g} s; repeat later",
                 retry_after=rate.retry_after,

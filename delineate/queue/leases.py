@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
 from delineate.errors import LeaseLost, QueuePaused
-from delineate.job import ArchiveResult, ErrorClass, Failure, Lease, Progress, SavedPart, Upload
+from delineate.job import ArchiveResult, ErrorClass, Failure, Job, JobStatus, Lease, Progress, SavedPart, Upload
 from delineate.queue.base import Connected
 from delineate.queue.connection import unavailable
 from delineate.queue.record import CorruptRecord, encode, parse_job, parse_part
-from delineate.queue.scripts import Fenced, Hold, Paused, Settled
+from delineate.queue.scripts import Fenced, Hash, Hold, Paused, Settled
+from delineate.telemetry.metrics import EXPORT_JOB_WAIT, EXPORT_JOBS
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Leases(Connected):
         for job_id, fields in records:
             if not fields:
                 log.error("the record of job %s is damaged; it is buried", job_id, extra={"context": {"jobId": job_id}})
+                EXPORT_JOBS.labels(JobStatus.FAILED).inc()
                 continue
             try:
                 job = parse_job(fields, job_id)
@@ -74,6 +76,7 @@ class Leases(Connected):
                 await self._bury_corrupt(Hold(job_id, worker, int(fields["token"])), error)
                 continue
             if job is not None:
+                _count_wait(job, fields)
                 leases.append(Lease(job=job, worker=worker, token=job.token))
         return leases
 
@@ -85,6 +88,7 @@ class Leases(Connected):
         )
         keep = int(self._config.retention.failed)
         await self._repeat("burying a job", lambda: self._scripts.bury(hold, encode(failure), failure.message, keep))
+        EXPORT_JOBS.labels(JobStatus.FAILED).inc()
 
     async def wait_for_work(self, worker: str) -> str | None:
         """Wait up to `queue.claim_wait` seconds for a job; its id, moved to the worker's list but not claimed.
@@ -180,6 +184,14 @@ class Leases(Connected):
         """Make a call that is refused, with 0, when the lease's token is old. Raises LeaseLost."""
         if not await self._repeat(doing, call):
             raise LeaseLost(f"job {lease.job.id} is no longer this worker's")
+
+
+def _count_wait(job: Job, fields: Hash) -> None:
+    """Only of the first claim since the job joined the line: later ones wait for other reasons."""
+    # `place` is when that was, in microseconds, also for a job that a client had started over.
+    place = fields.get("place", "")
+    if job.started_at is not None and job.started_at == job.attempt_started_at and place.isdecimal():
+        EXPORT_JOB_WAIT.observe(max(0.0, job.started_at - int(place) / 1_000_000))
 
 
 def _hold(lease: Lease) -> Hold:

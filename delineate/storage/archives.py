@@ -11,6 +11,7 @@ from delineate.storage.answers import ObjectInfo
 from delineate.storage.connection import Connected
 from delineate.storage.faults import FAILURES, refusal_of, translate
 from delineate.storage.names import content_disposition
+from delineate.telemetry.metrics import ARCHIVE_BYTES
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.type_defs import ListMultipartUploadsRequestTypeDef
@@ -41,6 +42,7 @@ class Archives(Connected):
         headers = {"Content-Type": _ZIP, "Content-Disposition": content_disposition(filename)}
         url = object_url(self._store.archives_url, key)
         await self._repeat(lambda: self._store.wire.put(url, body, headers), _UPLOADING)
+        ARCHIVE_BYTES.inc(body.nbytes)
 
     async def start_upload(self, key: str, filename: str) -> str:
         """Begin a multipart upload and return its id. Raises JobError.
@@ -64,6 +66,7 @@ class Archives(Connected):
         url = object_url(self._store.archives_url, key, {"partNumber": str(number), "uploadId": upload_id})
         headers = {"Content-Type": "application/octet-stream"}
         answer = await self._repeat(lambda: self._store.wire.put(url, body, headers), _UPLOADING)
+        ARCHIVE_BYTES.inc(body.nbytes)
         etag = answer.get("ETag")
         if not etag:
             raise StorageUnavailable("The file store accepted a part of the archive but did not name it.")

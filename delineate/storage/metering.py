@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from delineate.telemetry.metrics import S3_OPERATION_DURATION, S3_OPERATIONS
+from delineate.telemetry.metrics import count_s3
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
@@ -24,7 +24,7 @@ def metered(operation: str) -> Iterator[None]:
         yield
         status = "ok"
     finally:
-        _count(operation, status, started)
+        count_s3(operation, status, time.perf_counter() - started)
 
 
 def meter(client: S3Client) -> None:
@@ -39,18 +39,13 @@ def meter(client: S3Client) -> None:
     def answered(context: dict[str, Any], event_name: str, http_response: Any, **_: object) -> None:
         if _STARTED in context:  # address.py lets requests be made that are never sent
             status = "ok" if http_response.status_code < 300 else "error"
-            _count(event_name.rpartition(".")[2], status, context[_STARTED])
+            count_s3(event_name.rpartition(".")[2], status, time.perf_counter() - context[_STARTED])
 
     def broke(context: dict[str, Any], event_name: str, **_: object) -> None:
         if _STARTED in context:
-            _count(event_name.rpartition(".")[2], "error", context[_STARTED])
+            count_s3(event_name.rpartition(".")[2], "error", time.perf_counter() - context[_STARTED])
 
     events = client.meta.events
     events.register("before-call.s3", begin)
     events.register("after-call.s3", answered)
     events.register("after-call-error.s3", broke)
-
-
-def _count(operation: str, status: str, started: float) -> None:
-    S3_OPERATIONS.labels(operation, status).inc()
-    S3_OPERATION_DURATION.labels(operation).observe(time.perf_counter() - started)

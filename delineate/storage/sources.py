@@ -14,6 +14,7 @@ from delineate.storage.answers import ObjectInfo, info_of, range_of
 from delineate.storage.connection import Connected
 from delineate.storage.faults import FAILURES, Garbled, Refused, may_pass, pause, translate
 from delineate.storage.names import content_disposition, metadata_value, name_of
+from delineate.telemetry.metrics import SOURCE_BYTES
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +87,9 @@ class Sources(Connected):
                     raise translate(error, doing) from error
                 await pause(tries, doing, error)
                 tries += 1
+            finally:
+                # Here and not for each chunk, of which there are thousands a second.
+                SOURCE_BYTES.inc(received - before)
 
     async def stat_source(self, file_id: int) -> tuple[str, ObjectInfo] | None:
         """The key a file is looked for under and what is there; None if nothing is. Raises JobError."""
@@ -168,11 +172,13 @@ async def _probed(response: aiohttp.ClientResponse, file_id: int, key: str, prob
     sent = range_of(response.headers)
     if file.size > probe_bytes:
         if sent is not None:
-            await response.read()  # at most probe_bytes, and the connection stays usable
+            # At most probe_bytes, and the connection stays usable.
+            SOURCE_BYTES.inc(len(await response.read()))
         return Probe(file=file, body=None)
     if sent is not None and (sent.first, sent.last + 1) != (0, sent.total):
         raise Garbled("another Range than asked for")
     body = await response.read()
+    SOURCE_BYTES.inc(len(body))
     if len(body) != file.size:
         raise Garbled(f"{len(body)} of {file.size} bytes")
     return Probe(file=file, body=body)

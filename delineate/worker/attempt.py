@@ -17,7 +17,13 @@ from delineate.errors import InternalError, JobError, LeaseLost, QueueUnavailabl
 from delineate.job import ErrorClass, Failure, JobStatus, Lease, RetryPolicy
 from delineate.queue import Queue
 from delineate.storage import Storage
-from delineate.telemetry.metrics import DOWNLOADS_ACTIVE, EXPORT_JOB_DURATION, EXPORT_JOBS
+from delineate.telemetry.metrics import (
+    ATTEMPT_FAILURES,
+    DOWNLOADS_ACTIVE,
+    EXPORT_JOB_DURATION,
+    EXPORT_JOBS,
+    count_download,
+)
 from delineate.worker.report import Reporter
 from delineate.worker.run_job import run_job
 from delineate.worker.tasks import beside, until_recorded
@@ -59,16 +65,23 @@ class Attempt:
 
     async def _run(self) -> None:
         self._log(logging.INFO, "job claimed")
+        started = time.monotonic()
+        status = "failed"  # also of a bug
+        lost = False
         try:
             with DOWNLOADS_ACTIVE.track_inprogress():
-                await self._pack_and_finish()
+                status = await self._pack_and_finish(started)
         except asyncio.CancelledError:
-            if self._lost:
-                await self._drop()
-            else:
-                await hand_back(self._queue, self.lease)
+            lost = self._lost
+            status = "dropped" if lost else "handed_back"
         except LeaseLost:
+            lost, status = True, "dropped"
+        finally:
+            count_download(status, time.monotonic() - started)
+        if lost:
             await self._drop()
+        elif status == "handed_back":
+            await hand_back(self._queue, self.lease)
 
     async def _drop(self) -> None:
         # Every heartbeat reports the lease as lost until this attempt has ended; that must not cut the abort short.
@@ -76,8 +89,8 @@ class Attempt:
         self._log(logging.INFO, "job dropped: it was cancelled or taken over")
         await self._upload.abort_if_unwanted()
 
-    async def _pack_and_finish(self) -> None:
-        started = time.monotonic()
+    async def _pack_and_finish(self, started: float) -> str:
+        """Whether the attempt completed or failed, once that is recorded."""
         lease, queue = self.lease, self._queue
         reporter = Reporter(queue, lease, self._config.worker.progress_interval, self.lose)
         try:
@@ -98,6 +111,8 @@ class Attempt:
             self._count(JobStatus.COMPLETED, started)
             seconds = round(time.monotonic() - started, 3)
             self._log(logging.INFO, "job completed", size=result.size, seconds=seconds)
+            return "completed"
+        return "failed"
 
     async def _fail(self, error: JobError, started: float) -> None:
         config, lease, queue = self._config.queue, self.lease, self._queue
@@ -114,9 +129,11 @@ class Attempt:
             self._log(logging.WARNING, "job failed", code=error.code, cause=cause)
             await self._settle(lambda: queue.bury(lease, failure))
             self._count(JobStatus.FAILED, started)
+            ATTEMPT_FAILURES.labels(error_class.value, "final").inc()
         else:
             self._log(logging.WARNING, "attempt failed", code=error.code, cause=cause, retryInSeconds=round(delay, 1))
             await self._settle(lambda: queue.retry(lease, failure, delay))
+            ATTEMPT_FAILURES.labels(error_class.value, "retried").inc()
 
     async def _settle(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have an outcome recorded, however long Redis is away. Raises LeaseLost."""

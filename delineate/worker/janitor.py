@@ -20,7 +20,7 @@ from delineate.errors import JobError, QueueUnavailable
 from delineate.job import JOB_ID, JobStatus
 from delineate.queue import CorruptRecord, Queue
 from delineate.storage import Storage, UnfinishedUpload
-from delineate.telemetry.metrics import EXPORT_JOBS
+from delineate.telemetry.metrics import CRASHES_RECOVERED, EXPORT_JOBS
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ class Janitor:
         if now - self._reachable_since < self._config.dead_after:
             return
         for reaped in await self._queue.reap():
+            CRASHES_RECOVERED.labels("buried" if reaped.buried else "requeued").inc()
             if reaped.buried:
                 EXPORT_JOBS.labels(JobStatus.FAILED).inc()
             outcome = "buried" if reaped.buried else "queued again"

@@ -19,6 +19,7 @@ from delineate.errors import JobError, QueueUnavailable
 from delineate.job import ArchiveResult, Lease, SavedPart, Upload
 from delineate.queue import Queue
 from delineate.storage import Storage
+from delineate.telemetry.metrics import PARTS_RESUMED, PARTS_UPLOADED
 from delineate.worker.tasks import until_recorded
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class ArchiveUpload:
                 }
                 context = {**self._context, "partsKept": len(done), "parts": plan.part_count}
                 log.info("continuing an upload", extra={"context": context})
+                PARTS_RESUMED.inc(len(done))
                 return done
             found = await self._storage.stat_archive(result.key)
             if found is not None and found.size == plan.total_bytes:
@@ -70,6 +72,7 @@ class ArchiveUpload:
     async def put_part(self, number: int, body: memoryview) -> str:
         current = self._opened()
         etag = await self._storage.put_part(current.key, current.upload_id, number, body)
+        PARTS_UPLOADED.inc()
         log.debug("part stored", extra={"context": {**self._context, "uploadId": current.upload_id, "part": number}})
         return etag
 

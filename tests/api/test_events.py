@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import pytest
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from delineate.api.feeds import REREADS_AT_ONCE
@@ -196,9 +197,14 @@ async def test_client_that_leaves_before_the_answer_costs_nothing(config: Config
         await until(lambda: streams(running) == 0 and running.job_events.jobs == 0, "forgetting the clients", 3)
 
 
+def streams_ended(reason: str) -> float:
+    return REGISTRY.get_sample_value("sse_streams_ended_total", {"reason": reason}) or 0.0
+
+
 async def test_reader_that_stops_reading_is_dropped_and_others_are_not(config: Config) -> None:
     async with running_api(changed(config, "sse", heartbeat=0.2, max_buffer_bytes=4096)) as running:
         lease = await running.claimed()
+        dropped = streams_ended("slow_reader")
         with socket.socket() as sleepy:
             sleepy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sleepy.connect(("127.0.0.1", running.port))
@@ -217,6 +223,7 @@ async def test_reader_that_stops_reading_is_dropped_and_others_are_not(config: C
                     last = (await next_event(events)).data["bytesDone"]
                 await reporting
                 await until(lambda: streams(running) == 1, "dropping the sleeper", 5)
+                assert streams_ended("slow_reader") == dropped + 1
 
 
 async def test_slow_reader_gets_the_newest_state_instead_of_a_backlog(config: Config) -> None:

@@ -59,6 +59,10 @@ def parts_sent() -> float:
     return REGISTRY.get_sample_value("s3_operations_total", {"operation": "UploadPart", "status": "ok"}) or 0.0
 
 
+def parts_counted(outcome: str) -> float:
+    return REGISTRY.get_sample_value("archive_parts_total", {"outcome": outcome}) or 0.0
+
+
 async def completed(b: Bench, job_id: str) -> Job:
     job = await b.ended(job_id)
     assert (job.status, job.failure) == (JobStatus.COMPLETED, None)
@@ -81,9 +85,12 @@ async def test_a_killed_workers_upload_is_continued_and_no_finished_part_is_sent
         total = -(-(FILES * FILE_BYTES) // 5_242_880)
         assert 6 <= saved < total, "killed too late for this test to mean anything"
         before = parts_sent()
+        uploaded, resumed = parts_counted("uploaded"), parts_counted("resumed")
         async with working(b):
             job = await completed(b, job_id)
         assert (job.attempts, job.crashes) == (1, 1)
+        assert parts_counted("resumed") - resumed == saved
+        assert parts_counted("uploaded") - uploaded == parts_sent() - before
         # The archive is a little longer than its files, so it may have one part more than they fill.
         assert total - saved <= parts_sent() - before <= total + 1 - saved
         await b.check(job, *ids)
