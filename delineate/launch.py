@@ -22,6 +22,9 @@ DEFAULTS = {
     "DELINEATE_API_PROCESSES": "2",
     "DELINEATE_WORKER_PROCESSES": "2",
     "DELINEATE_SUPERVISOR_LOG_LEVEL": "warn",
+    # Names are looked up in libuv's threads, four by default. A Redis that is away, where DNS takes its time to say so,
+    # would keep all four, and the S3 store's name would wait behind them.
+    "UV_THREADPOOL_SIZE": "32",
 }
 
 
