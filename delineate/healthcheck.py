@@ -12,7 +12,7 @@ import http.client
 from pathlib import Path
 
 from delineate.config import load_config, read_environment
-from delineate.home import DEFAULT_HOME, supervisor_socket
+from delineate.home import home_path, supervisor_socket
 from delineate.ready import is_ready
 from delineate.restart import UNREACHABLE, supervisor_at
 
@@ -22,7 +22,7 @@ ANSWER_SECONDS = 3
 def healthcheck() -> int:
     """0 if everything here works, 1 if not; one line says what does not."""
     given = read_environment()
-    home = Path(given.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+    home = home_path(given)
     alone = not (home / "run" / "supervisor.sock").exists()  # `delineate edge`
     problem = "" if alone else _sick_process(home)
     path = "/nginx_status" if alone else "/health/live"

@@ -101,6 +101,11 @@ def open_home(path: Path, *, patience: float = 10) -> Iterator[Home]:
         os.close(lock)
 
 
+def home_path(environ: Mapping[str, str]) -> Path:
+    """The folder that DELINEATE_HOME names, absolute."""
+    return Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+
+
 def make_folders(path: Path, folders: Iterable[str]) -> None:
     """Make `path`, its owner's alone, with these folders in it. Raises StartupError."""
     try:
@@ -146,7 +151,7 @@ def service_environment(given: Mapping[str, str]) -> Mapping[str, str]:
     """The environment of the service that runs in the home, else `given`; also when that names a Redis of its own."""
     if any(name.startswith(("DELINEATE__REDIS__URL", "DELINEATE__REDIS__SENTINELS")) for name in given):
         return given
-    path = Path(given.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+    path = home_path(given)
     try:
         pid = int((path / "run" / "supervisord.pid").read_text())
     except (OSError, ValueError):

@@ -29,7 +29,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from delineate.config import load_config, read_environment
 from delineate.errors import StartupError
-from delineate.home import DEFAULT_HOME, environment_of, supervisor_socket
+from delineate.home import environment_of, home_path, supervisor_socket
 from delineate.ready import is_ready
 
 ORDER = ("worker", "api")
@@ -67,7 +67,7 @@ def restart(names: Sequence[str]) -> int:
     Raises ConfigError or StartupError while nothing has been touched.
     """
     environ = read_environment()
-    home = Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+    home = home_path(environ)
     sock = Path(environ.get("DELINEATE_SUPERVISOR_SOCKET") or supervisor_socket(home))
     socket.setdefaulttimeout(ANSWER_SECONDS)  # supervisor's client knows no other way
     with supervisor_at(sock) as supervisor:

@@ -1,6 +1,6 @@
 """What a new store needs: `delineate buckets` makes the buckets, `delineate seed` puts sample files for a first try.
 
-The samples'  content is the same on every machine, so that a test can compare what
+The samples are the same on every machine, so that a test can compare what
 comes out of an archive, byte by byte, with `SAMPLES`.
 """
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from delineate.config import Config, load_config, read_environment
 from delineate.errors import StartupError
-from delineate.home import DEFAULT_HOME, forget_processes, make_folders
+from delineate.home import forget_processes, home_path, make_folders
 from delineate.launch import (
     allow_many_open_files,
     find_file,
@@ -61,7 +61,7 @@ def edge() -> NoReturn:
 
 
 def _open_home(environ: Mapping[str, str]) -> Path:
-    home = Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()
+    home = home_path(environ)
     make_folders(home, FOLDERS)
     forget_processes(home)
     return home

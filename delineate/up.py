@@ -36,7 +36,7 @@ from delineate.embedded import (
     s3_environment,
 )
 from delineate.errors import ConfigError, JobError, StartupError
-from delineate.home import DEFAULT_HOME, Home, open_home, port_is_free
+from delineate.home import Home, home_path, open_home, port_is_free
 from delineate.launch import (
     allow_many_open_files,
     find_file,
@@ -62,7 +62,7 @@ def run_embedded() -> int:
     environ = _with_port(read_environment())
     config = load_config(environ)
     find_file("supervisord.conf")
-    with open_home(Path(environ.get("DELINEATE_HOME") or DEFAULT_HOME).absolute()) as home, _socket(home) as sock:
+    with open_home(home_path(environ)) as home, _socket(home) as sock:
         environ = embedded_environment(home, environ, sock, config)
         config = load_config(environ)
         if not port_is_free(config.api.host, config.api.port):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +16,7 @@ import aiohttp
 import pytest
 
 from delineate.config import Config
+from tests.promtool import promtool_check
 from tests.servers import free_port
 from tests.worker.test_worker import bench, worker_process
 
@@ -139,7 +138,7 @@ async def test_a_container_shows_jobs_that_succeed_fail_are_retried_and_lose_the
             check_totals(container)
             assert len(list(container.metrics.glob("*.db"))) == 2 + 3
         assert not list(container.metrics.glob("process_*"))
-        check_with_promtool(container.text)
+        assert promtool_check("metrics", text=container.text) == ""
 
 
 def check_totals(container: Container) -> None:
@@ -157,14 +156,3 @@ def check_totals(container: Container) -> None:
     assert value('s3_operations_total{operation="UploadPart",status="ok"}') == 2
     for kind in ("script", "command", "wait", "connect"):
         assert value(f'redis_operation_duration_seconds_count{{kind="{kind}"}}') >= 1, kind
-
-
-def check_with_promtool(text: str) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        missing = "promtool is not installed (Debian package: prometheus): the metrics are not checked by it"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
