@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+import time
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tests.image.docker import Answer, Container, Docker, DockerError, http
 from tests.image.standins import RedisContainer, S3Container
-from tests.servers import free_port
+from tests.servers import free_port, wait_until
 
 PUBLIC, INTERNAL = 80, 8081
 
 
-class App(Container):
-    """`base` is the URL of its public port, `internal` that of /metrics, /nginx_status and /health."""
+class Served(ABC):
+    """The service as its clients have it, at `base`, whatever is behind that."""
 
     @property
-    def base(self) -> str:
-        return f"http://{self.address(PUBLIC)}"
+    @abstractmethod
+    def base(self) -> str: ...
 
-    @property
-    def internal(self) -> str:
-        return f"http://{self.address(INTERNAL)}"
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> float:
+        """Wait for a condition; the seconds it took. Raises TimeoutError."""
+        started = time.monotonic()
+        wait_until(condition, what, seconds)
+        return time.monotonic() - started
 
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -40,9 +47,6 @@ class App(Container):
         """POST `body` as JSON."""
         sent = json.dumps(body).encode()
         return self.request("POST", path, sent, {"Content-Type": "application/json", **(headers or {})})
-
-    def get_internal(self, path: str) -> Answer:
-        return http("GET", self.internal + path)
 
     def export(self, file_ids: Sequence[int]) -> str:
         """Ask for an export; its job's id."""
@@ -62,6 +66,31 @@ class App(Container):
 
         self.wait_until(done, f"job {job_id}", seconds)
         return job
+
+    def archive(self, job_id: str) -> dict[str, bytes]:
+        """The job's archive, fetched through the nginx that is asked: name -> content."""
+        link = self.get(f"/v1/export/{job_id}/download").json()["downloadUrl"]
+        address, path, key = link.partition("/downloads/")
+        assert re.fullmatch(r"http://[\d.]+:\d+", address)
+        answer = self.get(path + key)
+        assert answer.status == 200, answer
+        with zipfile.ZipFile(io.BytesIO(answer.body)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+
+class App(Container, Served):
+    """`base` is the URL of its public port, `internal` that of /metrics, /nginx_status and /health."""
+
+    @property
+    def base(self) -> str:
+        return f"http://{self.address(PUBLIC)}"
+
+    @property
+    def internal(self) -> str:
+        return f"http://{self.address(INTERNAL)}"
+
+    def get_internal(self, path: str) -> Answer:
+        return http("GET", self.internal + path)
 
 
 def settings(redis: RedisContainer, s3: S3Container, public_url: str, prefix: str) -> dict[str, str]:

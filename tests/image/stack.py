@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.compose.stack import make_checkout
-from tests.image.app import App
+from tests.image.app import Served
 from tests.image.docker import Docker
 from tests.image.standins import build_redis, build_s3
 from tests.servers import free_port
@@ -20,6 +20,17 @@ from tests.servers import free_port
 # The others watch; their images cannot be pulled everywhere, and nothing here depends on them.
 SERVICES = ("nginx", "app", "buckets", "redis", "s3")
 S3_PORT = 8333
+
+
+class Door(Served):
+    """The stack through its one port."""
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    @property
+    def base(self) -> str:
+        return self._base
 
 
 class Checkout:
@@ -44,9 +55,8 @@ class Checkout:
         (self.folder / "compose.yml").write_text(compose.replace(test, instead))
 
     @property
-    def nginx(self) -> App:
-        """The stack through its one port."""
-        return App(self.docker, "", {80: self.port})
+    def nginx(self) -> Door:
+        return Door(f"http://{self.docker.host}:{self.port}")
 
     def secret(self, name: str) -> str:
         return (self.folder / "secrets" / name).read_text()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 import socket
 import ssl
-import time
 import uuid
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from delineate.seed import SAMPLES
-from tests.image.app import App
+from tests.image.app import Served
 from tests.image.conftest import Image
 from tests.image.docker import Docker
 from tests.image.stack import SERVICES, Checkout, objects
@@ -53,19 +50,10 @@ def compose(engine: Docker, image: Image, tmp_path_factory: pytest.TempPathFacto
         made("down", "--volumes", "--timeout", "10", "--remove-orphans")
 
 
-def content(app: App, job_id: str) -> dict[str, bytes]:
+def content(app: Served, job_id: str) -> dict[str, bytes]:
     link = app.get(f"/v1/export/{job_id}/download").json()["downloadUrl"]
     assert link.startswith(f"{app.base}/downloads/")
-    with zipfile.ZipFile(io.BytesIO(app.get(link).body)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def completed(app: App, job_id: str) -> None:
-    end = time.monotonic() + 60
-    while (job := app.get(f"/v1/export/{job_id}").json())["status"] != "completed":
-        assert job["status"] in ("queued", "processing"), job
-        assert time.monotonic() < end, job
-        time.sleep(0.2)
+    return app.archive(job_id)
 
 
 def test_everything_is_healthy_and_one_port_is_published(compose: Compose) -> None:
@@ -91,7 +79,7 @@ def test_jobs_of_one_container_are_finished_by_the_other(compose: Compose) -> No
     compose.inside(1, *supervisorctl, "stop", "worker:*")
     jobs += [compose.nginx.export([70000 + number]) for number in range(8)]
     for number, job_id in enumerate(jobs):
-        completed(compose.nginx, job_id)
+        compose.nginx.completed(job_id)
         sample = SAMPLE[70000 + number % 8]
         assert list(content(compose.nginx, job_id).values()) == [sample.body()]
     compose.inside(1, *supervisorctl, "start", "worker:*")
@@ -110,14 +98,14 @@ def test_a_container_that_is_killed_is_not_missed(compose: Compose) -> None:
     job_id = compose.nginx.export([70010, 70011])
     compose.run("kill", "--signal", "KILL", first)
     assert [compose.nginx.get("/v1/exports").status for _ in range(10)] == [200] * 10
-    completed(compose.nginx, job_id)
+    compose.nginx.completed(job_id)
     assert list(content(compose.nginx, job_id).values()) == [SAMPLE[70010].body(), SAMPLE[70011].body()]
     compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "app=2", "--wait", "app")
 
 
 def test_everything_stops_in_order_and_starts_with_its_jobs(compose: Compose) -> None:
     job_id = compose.nginx.export([70005])
-    completed(compose.nginx, job_id)
+    compose.nginx.completed(job_id)
     compose("stop")
     ended = objects(compose("ps", "--all", "--format", "json"))
     assert {one["ExitCode"] for one in ended if one["Service"] in ("app", "nginx", "redis")} == {0}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import time
-import zipfile
 
 import pytest
 
@@ -33,17 +31,6 @@ def files(s3: S3Container) -> dict[int, bytes]:
     return bodies
 
 
-def archive_of(app: App, job_id: str) -> dict[str, bytes]:
-    """The job's archive, fetched through the app's nginx: name -> content."""
-    link = app.get(f"/v1/export/{job_id}/download").json()["downloadUrl"]
-    address, path, key = link.partition("/downloads/")
-    assert re.fullmatch(r"http://[\d.]+:\d+", address)
-    answer = app.get(path + key)
-    assert answer.status == 200, answer
-    with zipfile.ZipFile(io.BytesIO(answer.body)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
 def follow(app: App, job_id: str) -> list[str]:
     """The names of the events of a job's stream, until it ends."""
     answer = app.get(f"/v1/export/{job_id}/progress")
@@ -62,7 +49,7 @@ def shell(engine: Docker, image: Image, script: str) -> str:
 def test_whole_story_through_nginx(app: App, files: dict[int, bytes]) -> None:
     job_id = app.export([70000, 70003, 70004, LARGE])
     assert follow(app, job_id)[-1] == "completed"
-    assert list(archive_of(app, job_id).values()) == [files[file_id] for file_id in (70000, 70003, 70004, LARGE)]
+    assert list(app.archive(job_id).values()) == [files[file_id] for file_id in (70000, 70003, 70004, LARGE)]
     page = app.get("/", headers={"Accept": "text/html"})
     assert b"<title>delineate</title>" in page.body
     health = app.get("/health").json()
@@ -96,7 +83,7 @@ def test_no_secret_is_in_a_command_line_or_log(app: App) -> None:
 
 def test_works_without_capabilities_or_new_privileges(make_app: AppMaker, files: dict[int, bytes]) -> None:
     app = make_app("--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-    assert list(archive_of(app, app.completed(app.export([70001]))["jobId"]).values()) == [files[70001]]
+    assert list(app.archive(app.completed(app.export([70001]))["jobId"]).values()) == [files[70001]]
 
 
 def test_first_process_reaps_orphans(app: App) -> None:
@@ -123,7 +110,7 @@ def starts_again_and_finishes(app: App, job_id: str, files: dict[int, bytes]) ->
     app.start()
     app.wait_healthy()
     assert app.completed(job_id)["attempts"] == 1
-    assert list(archive_of(app, job_id).values()) == [files[70005], files[LARGE]]
+    assert list(app.archive(job_id).values()) == [files[70005], files[LARGE]]
 
 
 def test_stop_in_the_middle_of_a_job_and_start_again(make_app: AppMaker, files: dict[int, bytes]) -> None:
@@ -149,7 +136,7 @@ def test_jobs_of_one_container_are_finished_by_another(make_app: AppMaker, files
     first.exec("delineate", "restart", "api")  # an operator's command inside, while jobs run
     for number, job_id in enumerate(jobs):
         second.completed(job_id)
-        assert list(archive_of(second, job_id).values()) == [files[70000 + number]]
+        assert list(second.archive(job_id).values()) == [files[70000 + number]]
 
 
 def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) -> None:
@@ -214,7 +201,7 @@ def test_edge_spreads_requests_and_survives_one_container(make_app: AppMaker, fi
     assert [edge.get("/v1/exports").status for _ in range(20)] == [200] * 20
     job_id = edge.export([70002])
     assert follow(edge, job_id)[-1] == "completed"
-    assert list(archive_of(edge, job_id).values()) == [files[70002]]
+    assert list(edge.archive(job_id).values()) == [files[70002]]
     edge.kill("QUIT")
     assert edge.wait() == 0
 

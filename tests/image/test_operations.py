@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import threading
-import time
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from delineate.seed import SAMPLES
-from tests.image.app import App
+from tests.image.app import Served
 from tests.image.conftest import Image
 from tests.image.docker import Docker
 from tests.image.stack import SERVICES, Checkout, objects
@@ -90,7 +87,7 @@ def stack(engine: Docker, image: Image, tmp_path_factory: pytest.TempPathFactory
 class Asking:
     """Asks for exports until the block ends; `jobs` are those that were accepted, `refused` every other answer."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: Served) -> None:
         self.app = app
         self.jobs: list[str] = []
         self.refused: list[str] = []
@@ -121,22 +118,7 @@ class Asking:
         assert self.jobs
         assert not self.refused
         for job_id in self.jobs:
-            finished(stack, job_id)
-
-
-def finished(stack: Operated, job_id: str) -> None:
-    """Raises when it has not completed within a minute."""
-    end = time.monotonic() + 60
-    while (job := stack.nginx.get(f"/v1/export/{job_id}").json())["status"] != "completed":
-        assert job["status"] in ("queued", "processing"), job
-        assert time.monotonic() < end, job
-        time.sleep(0.2)
-
-
-def content(app: App, job_id: str) -> list[bytes]:
-    link = app.get(f"/v1/export/{job_id}/download").json()["downloadUrl"]
-    with zipfile.ZipFile(io.BytesIO(app.get(link).body)) as archive:
-        return [archive.read(name) for name in archive.namelist()]
+            stack.nginx.completed(job_id)
 
 
 def test_supervisorctl_needs_no_options(stack: Operated) -> None:
@@ -192,7 +174,7 @@ def test_an_app_that_does_not_start_replaces_none(stack: Operated) -> None:
 
 def test_a_backup_brings_back_every_job(stack: Operated, tmp_path: Path) -> None:
     done_before = stack.nginx.export([70002])
-    finished(stack, done_before)
+    stack.nginx.completed(done_before)
     stack.inside("delineate", "queue", "pause")
     queued = stack.nginx.export([70003, 70011])
     assert stack.script("backup", str(tmp_path)).returncode == 0
@@ -215,8 +197,8 @@ def test_a_backup_brings_back_every_job(stack: Operated, tmp_path: Path) -> None
     assert done_before in listed
     assert stack.nginx.get(f"/v1/export/{later}").status == 404
     stack.inside("delineate", "queue", "resume")
-    finished(stack, queued)
-    assert content(stack.nginx, queued) == [SAMPLE[70003], SAMPLE[70011]]
+    stack.nginx.completed(queued)
+    assert list(stack.nginx.archive(queued).values()) == [SAMPLE[70003], SAMPLE[70011]]
     # The record came back, the archive did not.
     assert stack.nginx.get(f"/v1/export/{done_before}/download").status == 410
     assert {one["Health"] for one in objects(stack.run("compose", "ps", "--format", "json"))} == {"healthy"}
