@@ -59,9 +59,13 @@ def _run(options: argparse.Namespace) -> int:
     set_up_logs(config.log, f"delineate-{command}")
     if command in ("api", "worker"):
         from delineate.telemetry.processes import registered
+        from delineate.telemetry.tracing import tracing
 
         # Before the rest is imported, which opens this process' metrics.
-        with registered(config.telemetry, command):
+        with (
+            registered(config.telemetry, command),
+            tracing(config.telemetry.traces, f"delineate-{command}", config.environment),
+        ):
             if command == "api":
                 from delineate.api.app import serve
 

@@ -24,6 +24,8 @@ from delineate.errors import ConfigError
 
 ENVIRONMENTS = ("development", "production", "test")
 PREFIX = "DELINEATE__"
+# Names that an operator's tools set already: https://opentelemetry.io/docs/specs/otel/protocol/exporter/
+STANDARD_NAMES = {"OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "traces", "endpoint")}
 SECRET_KEYS = frozenset(
     {
         "redis.password",
@@ -186,8 +188,16 @@ class LogConfig(Section, frozen=True, kw_only=True):
     format: Literal["json", "text"]
 
 
+class TracesConfig(Section, frozen=True, kw_only=True):
+    endpoint: str
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1, description="a number from 0 to 1")]
+    request_ratio: Annotated[float, msgspec.Meta(ge=0, le=1, description="a number from 0 to 1")]
+    per_minute: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
 class TelemetryConfig(Section, frozen=True, kw_only=True):
     metrics_dir: str
+    traces: TracesConfig
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -353,6 +363,9 @@ def _from_environment(
             raise ConfigError(f"environment variables {seen[key]} and {name} both set {'.'.join(key)}: keep one")
         seen[key] = name
         yield key, _parse(text, known[key]), f"environment variable {name}"
+    for name, key in STANDARD_NAMES.items():
+        if environ.get(name) and key not in seen:
+            yield key, environ[name], f"environment variable {name}"
 
 
 def _read_secret(name: str, path: str) -> str:
@@ -442,10 +455,10 @@ def _check_relations(config: Config, places: Mapping[str, str]) -> None:
         except ValueError:
             shown = re.sub(r".*@", "(hidden)@", address)
             raise refuse("redis.sentinels", shown, "addresses such as sentinel1.example.org:26379") from None
-    for key in ("storage.endpoint_url", "storage.public_endpoint_url"):
+    for key in ("storage.endpoint_url", "storage.public_endpoint_url", "telemetry.traces.endpoint"):
         url = _get(msgspec.to_builtins(config), key)
         if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
-            raise refuse(key, _without_password(url), "a URL such as https://s3.example.org, or nothing")
+            raise refuse(key, _without_password(url), "a URL such as https://name.example.org, or nothing")
     for key in ("api.trusted_proxies", "nginx.trusted_proxies", "nginx.internal_networks"):
         for network in _get(msgspec.to_builtins(config), key):
             try:

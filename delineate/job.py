@@ -144,7 +144,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One export request as Redis has it. Times are Unix seconds by the clock of Redis, None if not yet.
 
     `version` rises with every change and is the SSE event id. `token` is the
-    fencing token of the latest lease. `due_at` is set while a retry waits.
+    fencing token of the latest lease. `due_at` is set while a retry waits. `span` and
+    `previous_span` are the span ids (hex) of the latest attempt and the one before it, if they are traced.
     """
 
     id: str
@@ -169,6 +170,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     failure: Failure | None = None
     traceparent: str = ""
     request_id: str = ""
+    span: str = ""
+    previous_span: str = ""
 
     @property
     def total_files(self) -> int:

@@ -156,6 +156,8 @@ BAD_ENVIRONMENT: list[tuple[dict[str, str], list[str]]] = [
     ({"DELINEATE__STORAGE__ENDPOINT_URL": "s3.example.org"}, ["storage.endpoint_url", "'s3.example.org'", "https://"]),
     ({"DELINEATE__STORAGE__ENDPOINT_URL": "http://[::1"}, ["storage.endpoint_url", "https://"]),
     ({"DELINEATE__STORAGE__ENDPOINT_URL": "http://s3:99999"}, ["storage.endpoint_url", "99999"]),
+    ({"OTEL_EXPORTER_OTLP_ENDPOINT": "jaeger:4318"}, ["OTEL_EXPORTER_OTLP_ENDPOINT", "telemetry.traces.endpoint"]),
+    ({"DELINEATE__TELEMETRY__TRACES__RATIO": "1.5"}, ["telemetry.traces.ratio", "1.5", "<= 1"]),
     ({"DELINEATE__STORAGE__SOURCE_KEY": "files/{id}"}, ["storage.source_key", "{file_id}"]),
     ({"DELINEATE__STORAGE__SOURCE_KEY": "files/{"}, ["storage.source_key", "{file_id}"]),
     ({"DELINEATE__STORAGE__ARCHIVE_BUCKET": "files"}, ["storage.archive_bucket", "storage.source_bucket"]),

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from delineate.api.app import ROUTES
-from delineate.config import TelemetryConfig
+from delineate.config import load_config
 from delineate.telemetry import processes
 from delineate.telemetry.exposition import Look, QueueLook, render_metrics
 from delineate.telemetry.metrics import REDIS_TIMINGS, expect_requests
@@ -28,10 +28,10 @@ LOOK = Look(
 
 PROGRAM = """
 import os, signal, sys
-from delineate.config import TelemetryConfig
+from delineate.config import load_config
 from delineate.telemetry.processes import registered
 
-config = TelemetryConfig(metrics_dir=os.environ["PROMETHEUS_MULTIPROC_DIR"])
+config = load_config({"DELINEATE__TELEMETRY__METRICS_DIR": os.environ["PROMETHEUS_MULTIPROC_DIR"]}).telemetry
 with registered(config, "worker"):
     from delineate.telemetry.metrics import ACTIVE_SSE_CONNECTIONS, EXPORT_JOB_WAIT, EXPORT_JOBS
     from delineate.telemetry.exposition import render_metrics
@@ -143,7 +143,7 @@ def test_a_pid_that_was_given_away_again_is_another_process(tmp_path: Path) -> N
 def whole_text() -> str:
     for route in ROUTES:
         expect_requests(route.method, route.path, (200,))
-    return render_metrics(TelemetryConfig(metrics_dir=""), LOOK).decode()
+    return render_metrics(load_config({}).telemetry, LOOK).decode()
 
 
 def test_the_document_lists_every_metric_with_its_type_and_labels() -> None:
@@ -175,6 +175,6 @@ def test_every_label_value_is_there_before_it_happens() -> None:
 
 def test_what_is_not_known_is_missing_and_not_old() -> None:
     assert values(whole_text(), "export_queue_oldest_seconds") == {"": 12.5}
-    text = render_metrics(TelemetryConfig(metrics_dir=""), Look({"redis": False}, None)).decode()
+    text = render_metrics(load_config({}).telemetry, Look({"redis": False}, None)).decode()
     assert values(text, "dependency_up") == {'dependency="redis"': 0}
     assert "export_queue" not in text

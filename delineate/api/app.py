@@ -41,6 +41,7 @@ from delineate.ready import ready
 from delineate.storage import Storage, open_storage
 from delineate.supervision import handed_over
 from delineate.telemetry.metrics import expect_requests
+from delineate.telemetry.tracing import Sampler
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ BACKLOG = 1024  # of own sockets; supervisord.conf has the same for the one it h
 READY_SECONDS = 0.5
 # Tornado's own limit is out of the way: exchange.py has the one that answers in JSON.
 _UNLIMITED = 1 << 62
-_ALLOWED_HEADERS = "Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID"
+_ALLOWED_HEADERS = "Content-Type, Idempotency-Key, If-None-Match, Last-Event-ID, X-Request-ID, traceparent"
 _SHOWN_HEADERS = (
     "ETag, Location, Retry-After, X-Request-ID, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, "
-    "Idempotency-Replayed"
+    "Idempotency-Replayed, traceresponse"
 )
 
 
@@ -66,6 +67,7 @@ class Api(HTTPServerConnectionDelegate):
         self.caller = make_caller(config.api.trusted_proxies)
         self.max_body_bytes = config.api.max_body_bytes
         self.request_timeout = config.api.request_timeout
+        self.sampler = Sampler(config.telemetry.traces)
         self.cors_origins = frozenset(config.api.cors_origins)
         self._tasks: set[asyncio.Task[None]] = set()
         for route in ROUTES:

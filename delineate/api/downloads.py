@@ -78,5 +78,5 @@ def _still_running(job: Job, headers: Headers) -> Answer:
 
 ROUTES = [
     Route("POST", "/v1/download/check", check_file),
-    Route("POST", "/v1/download/start", start_download, patient=True),
+    Route("POST", "/v1/download/start", start_download, patient=True, makes_job=True),
 ]

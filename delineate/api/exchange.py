@@ -15,6 +15,7 @@ import uuid
 from typing import TYPE_CHECKING, cast
 from wsgiref.handlers import format_date_time
 
+from opentelemetry.trace import INVALID_SPAN, Span
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, RequestStartLine, ResponseStartLine
 from tornado.iostream import IOStream, StreamClosedError
@@ -24,6 +25,8 @@ from delineate.api.handler import JSON_TYPE, REASONS, Answer, Headers, Request, 
 from delineate.api.routing import NO_HOST
 from delineate.errors import BodyTooLarge
 from delineate.telemetry import metrics
+from delineate.telemetry.spans import begin_request, end_request, fail
+from delineate.telemetry.tracing import traceparent
 
 if TYPE_CHECKING:
     from delineate.api.app import Api
@@ -65,6 +68,7 @@ class Exchange(HTTPMessageDelegate):
         "_refused",
         "_request",
         "_route",
+        "_span",
         "_started",
         "_written",
     )
@@ -80,6 +84,7 @@ class Exchange(HTTPMessageDelegate):
         self._refused = False
         self._keeps = b""
         self._started = 0.0
+        self._span: Span = INVALID_SPAN
 
     def headers_received(self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders) -> None:
         line = cast(RequestStartLine, start_line)
@@ -176,6 +181,15 @@ class Exchange(HTTPMessageDelegate):
         """Count, handle, and turn whatever is raised into an answer."""
         self._started = time.perf_counter()
         request, route = self._request, self._route
+        if route.counted:
+            self._span = begin_request(
+                self._api.sampler,
+                request.method,
+                route.path,
+                request.path,
+                request.headers.get("traceparent", ""),
+                makes_job=route.makes_job,
+            )
         try:
             if route.counted:
                 await self._api.services.limiter.count(request)
@@ -187,7 +201,10 @@ class Exchange(HTTPMessageDelegate):
             self._count(_CLIENT_GONE)
             raise
         except Exception as error:
-            return error_answer(error, request)
+            answer = error_answer(error, request)
+            if answer.status >= 500:
+                fail(self._span, error)
+            return answer
 
     def _count(self, status: int) -> None:
         """Once a request: with its answer, or when it will have none."""
@@ -198,6 +215,7 @@ class Exchange(HTTPMessageDelegate):
             status,
             time.perf_counter() - self._started,
         )
+        end_request(self._span, status)
 
     def _render(self, answer: Answer) -> bytes:
         """The answer as it goes over the wire."""
@@ -206,11 +224,12 @@ class Exchange(HTTPMessageDelegate):
         specific = _lines(answer) if answer.headers or answer.content_type is not JSON_TYPE else _JSON_LINES
         bodiless = status in (204, 304) or isinstance(answer, EventStream)
         length = b"" if bodiless else b"Content-Length: %d\r\n" % len(answer.body)
-        return b"%b%bDate: %b\r\nX-Request-ID: %b\r\n%b%b%b%b%b\r\n%b" % (
+        return b"%b%bDate: %b\r\nX-Request-ID: %b\r\n%b%b%b%b%b%b\r\n%b" % (
             _STATUS_LINES[status],
             _SECURITY,
             _date(int(time.time())),
             request.request_id.encode(),
+            _trace_line(self._span) if self._span is not INVALID_SPAN else b"",
             self._api.services.limiter.header_lines(request.rate),
             self._api.cors_lines(request) if self._api.cors_origins else b"",
             specific,
@@ -218,6 +237,14 @@ class Exchange(HTTPMessageDelegate):
             length,
             b"" if bodiless or request.method == "HEAD" else answer.body,
         )
+
+
+def _trace_line(span: Span) -> bytes:
+    """Tells nginx' log, and a client who asks what took so long, which trace this is.
+
+    Source: https://www.w3.org/TR/trace-context-2/#traceresponse-header
+    """
+    return b"traceresponse: %b\r\n" % traceparent(span).encode()
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

@@ -19,6 +19,7 @@ from delineate.api.schemas import ExportRequest, parse_export, parse_idempotency
 from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Enqueued
+from delineate.telemetry import spans, tracing
 from delineate.telemetry.metrics import DOWNLOAD_LINKS
 
 # The reference polls every 2 to 5 seconds.
@@ -27,7 +28,6 @@ DEFAULT_PAGE, LARGEST_PAGE = 20, 100
 _CURSOR = re.compile(r"[0-9A-Za-z_.:-]{1,64}")
 _LIMIT = re.compile(r"[0-9]{1,4}")
 _ETAGS = re.compile(r'\*|(?:W/)?"[^"]*"')
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 async def create_export(request: Request) -> Answer:
@@ -41,19 +41,21 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
     """Accept the job for the caller's session; the headers belong to the answer."""
     key = parse_idempotency_key(request.headers)
     session = open_session(request, idempotency_key=key)
-    traceparent = request.headers.get("traceparent", "")
-    enqueued = await request.services.queue.enqueue(
-        NewJob(
-            id=new_job_id(),
-            user=session.user,
-            file_ids=wanted.file_ids,
-            on_missing=wanted.on_missing,
-            idempotency_key=key,
-            fingerprint=wanted.fingerprint() if key is not None else "",
-            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
-            request_id=request.request_id,
+    job_id = new_job_id()
+    with spans.sending(job_id):
+        enqueued = await request.services.queue.enqueue(
+            NewJob(
+                id=job_id,
+                user=session.user,
+                file_ids=wanted.file_ids,
+                on_missing=wanted.on_missing,
+                idempotency_key=key,
+                fingerprint=wanted.fingerprint() if key is not None else "",
+                traceparent=tracing.traceparent(),
+                request_id=request.request_id,
+            )
         )
-    )
+    spans.about(enqueued.job)
     replayed: Headers = (("Idempotency-Replayed", "true"),) if enqueued.replayed else ()
     return enqueued, (*session.headers, *replayed)
 
@@ -102,11 +104,14 @@ async def download_export(request: Request) -> Answer:
 
 
 async def cancel_export(request: Request) -> Answer:
-    return json_answer(job_document(await request.services.queue.cancel(request.job_id)))
+    job = await request.services.queue.cancel(request.job_id)
+    spans.about(job)
+    return json_answer(job_document(job))
 
 
 async def retry_export(request: Request) -> Answer:
     job = await request.services.queue.requeue(request.job_id)
+    spans.about(job)
     return json_answer(job_document(job), headers=(("Location", job_path(job.id)),))
 
 
@@ -132,6 +137,7 @@ async def _existing(request: Request) -> Job:
     job = await request.services.queue.get(request.job_id)
     if job is None:
         raise JobNotFound("there is no such job")
+    spans.about(job)
     return job
 
 
@@ -152,8 +158,8 @@ def _matches(wanted: str, etag: str) -> bool:
 
 
 ROUTES = [
-    Route("POST", "/v1/export", create_export),
-    Route("POST", "/v1/download/initiate", create_export),
+    Route("POST", "/v1/export", create_export, makes_job=True),
+    Route("POST", "/v1/download/initiate", create_export, makes_job=True),
     Route("GET", "/v1/export/{jobId}", show_export),
     Route("GET", "/v1/download/status/{jobId}", show_export),
     Route("GET", "/v1/export/{jobId}/download", download_export),

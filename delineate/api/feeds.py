@@ -20,6 +20,7 @@ from delineate.errors import DelineateError, JobNotFound, QueueUnavailable
 from delineate.job import Job, JobStatus
 from delineate.queue import Queue
 from delineate.queue.progress import JobEvent, JobEvents
+from delineate.telemetry import spans
 
 _log = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ class Feeds:
         link = await self._links.link(job) if job.status is JobStatus.COMPLETED else None
         if job.version < feed.version:
             return  # an event overtook this reading
+        before, streams = feed.state, len(feed.watchers)
         feed.job, feed.link, feed.version = job, link, job.version
         feed.state = (job.version, round(job.updated_at * 1000))
         if job.status.is_final:
@@ -210,6 +212,8 @@ class Feeds:
         else:
             feed.frame = _frame(job.version, "progress", progress_document(job))
         feed.show()
+        if job.status.is_final and streams and feed.state != before:
+            spans.delivered(job, streams)
 
     def _own(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -117,7 +117,8 @@ class Route:
 
     `counted` requests fall under the rate limit. `patient` ones end by
     themselves instead of by api.request_timeout, and are cancelled when
-    their client goes. `streams` ones take the connection over.
+    their client goes. `streams` ones take the connection over. `makes_job` ones begin
+    the trace of their job.
     """
 
     method: str
@@ -126,6 +127,7 @@ class Route:
     counted: bool = True
     patient: bool = False
     streams: bool = False
+    makes_job: bool = False
 
 
 class Request:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
@@ -14,6 +15,7 @@ from delineate.queue.base import Connected
 from delineate.queue.connection import unavailable
 from delineate.queue.record import CorruptRecord, encode, parse_job, parse_part
 from delineate.queue.scripts import Fenced, Hash, Hold, Paused, Settled
+from delineate.telemetry import tracing
 from delineate.telemetry.metrics import EXPORT_JOB_WAIT, EXPORT_JOBS
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,11 @@ class Leases(Connected):
         Raises LeaseLost if the worker was declared dead, QueuePaused if that is why there is nothing.
         """
         keep = int(self._config.retention.failed)
+        nonce = f"{random.getrandbits(52):013x}" if tracing.enabled() else ""
         with unavailable("claiming jobs"):
             async with asyncio.timeout(self._config.redis.operation_timeout):
                 try:
-                    records = await self._scripts.claim(worker, count, list(job_ids), keep)
+                    records = await self._scripts.claim(worker, count, list(job_ids), keep, nonce)
                 except Fenced:
                     raise LeaseLost(f"worker {worker} was declared dead") from None
                 except Paused:

@@ -67,6 +67,8 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
             failure=_FAILURE.decode(error) if error else None,
             traceparent=fields["traceparent"],
             request_id=fields["request_id"],
+            span=fields.get("span", ""),
+            previous_span=fields.get("previous_span", ""),
         )
     except KeyError as error:
         raise CorruptRecord(job_id, f"no field {error}") from error

@@ -105,11 +105,13 @@ class Scripts:
         keys = [k.job(job_id), k.user_jobs(user), k.idempotency(user, idempotency_key or "")]
         return bool(await self._run("withdraw", keys, job_id, user, k.base, tombstone_seconds))
 
-    async def claim(self, worker: str, count: int, job_ids: list[str], keep_seconds: int) -> list[tuple[str, Hash]]:
+    async def claim(
+        self, worker: str, count: int, job_ids: list[str], keep_seconds: int, span_nonce: str
+    ) -> list[tuple[str, Hash]]:
         """Ids and records; a record that Lua could not use, and buried, is empty. Raises Fenced, Paused."""
         k = self._keys
         keys = [k.wait, k.active(worker), k.workers, k.failed, k.paused]
-        reply = await self._run("claim", keys, k.base, worker, count, keep_seconds, *job_ids)
+        reply = await self._run("claim", keys, k.base, worker, count, keep_seconds, span_nonce, *job_ids)
         if reply == "fenced":
             raise Fenced
         if reply == "paused":
@@ -188,7 +190,8 @@ class Scripts:
 
     async def reap(
         self, *, max_crashes: int, failed_seconds: int, forget_seconds: int, failure: str, message: str
-    ) -> list[tuple[str, str, str]]:
+    ) -> list[tuple[str, str, str, str, str, str]]:
+        """Worker, job id, outcome, and of the lost attempt: traceparent, span id, milliseconds of its start."""
         k = self._keys
         flat = await self._run(
             "reap",
@@ -201,7 +204,7 @@ class Scripts:
             failure,
             message,
         )
-        return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        return list(zip(*(flat[field::6] for field in range(6)), strict=True))
 
     async def heartbeat(self, worker: str, life_ms: int, *, register: bool, holds: list[Hold]) -> set[tuple[str, int]]:
         """Raises Fenced."""

@@ -18,11 +18,18 @@ FORGET_DEAD_WORKERS_SECONDS = 600
 
 
 class Reaped(msgspec.Struct, frozen=True):
-    """A job taken from a dead worker; `buried` if it had lost too many."""
+    """A job taken from a dead worker; `buried` if it had lost too many.
+
+    The rest is of the attempt that was lost: its trace, its span id (hex) and its start in Unix seconds,
+    None if it had not begun.
+    """
 
     worker: str
     job_id: str
     buried: bool
+    traceparent: str = ""
+    span: str = ""
+    started_at: float | None = None
 
 
 class Upkeep(Connected):
@@ -42,7 +49,12 @@ class Upkeep(Connected):
                 message=POISON.message,
             ),
         )
-        return [Reaped(worker, job_id, buried=outcome == "buried") for worker, job_id, outcome in moved]
+        return [
+            Reaped(
+                worker, job_id, outcome == "buried", traceparent, span, int(began) / 1000 if began.isdecimal() else None
+            )
+            for worker, job_id, outcome, traceparent, span, began in moved
+        ]
 
     async def abandoned_uploads(self, limit: int) -> list[Upload]:
         """Uploads that nobody will finish, the oldest first; each stays in the list until `forget_upload`."""

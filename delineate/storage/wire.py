@@ -16,6 +16,7 @@ from yarl import URL
 from delineate.storage.faults import Refused
 from delineate.storage.metering import metered
 from delineate.storage.signing import Signer
+from delineate.telemetry.spans import answered_s3
 
 _SLICE_BYTES = 256 * 1024
 _ERROR_BYTES = 16 * 1024
@@ -48,10 +49,11 @@ class Wire:
         headers = await self._signer.headers(method, url, {})
         if unsigned:
             headers.update(unsigned)
-        with metered(operation or _OPERATIONS[method]):
+        with metered(operation or _OPERATIONS[method], method, url) as span:
             async with self._http.request(
                 method, URL(url, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False
             ) as response:
+                answered_s3(span, response.status)
                 if response.status >= 300:
                     raise await _refusal(response)
                 yield response
@@ -61,13 +63,14 @@ class Wire:
         signed = await self._signer.headers("PUT", url, headers)
         # aiohttp's sock_read does not watch the sending side: a store that stops reading would hold us forever.
         operation = "UploadPart" if "partNumber=" in url else "PutObject"
-        with metered(operation):
+        with metered(operation, "PUT", url) as span:
             async with asyncio.timeout(self._stall_seconds) as deadline:
                 slices = _Slices(body, deadline, self._stall_seconds)
                 try:
                     async with self._http.put(
                         URL(url, encoded=True), headers=signed, data=slices, proxy=self._proxy, allow_redirects=False
                     ) as response:
+                        answered_s3(span, response.status)
                         if response.status >= 300:
                             raise await _refusal(response)
                         await response.read()

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from delineate.config import LogConfig
+from delineate.telemetry.tracing import present_ids
 
 _ENCODER = msgspec.json.Encoder(enc_hook=str)
 
@@ -42,12 +43,13 @@ class JsonFormatter(logging.Formatter):
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
+        trace_id, span_id = present_ids()
         entry: dict[str, Any] = {
             "level": record.levelname.lower(),
             "timestamp": _timestamp(record),
             "service": self._service,
-            "traceId": getattr(record, "trace_id", ""),
-            "spanId": getattr(record, "span_id", ""),
+            "traceId": trace_id,
+            "spanId": span_id,
             "requestId": getattr(record, "request_id", ""),
             "message": record.getMessage(),
             "context": getattr(record, "context", {}),

@@ -104,6 +104,10 @@ REDIS_OPERATION_DURATION = Histogram(
     buckets=REDIS_BUCKETS,
 )
 
+TRACE_SPANS = Counter(
+    "trace_spans_total", "Spans handed to the collector: taken by it, or lost with their batch.", ["outcome"]
+)
+
 JOB_STATUSES = ("completed", "failed", "cancelled")
 DOWNLOAD_STATUSES = ("completed", "failed", "dropped", "handed_back")
 TIERS = ("fast", "medium", "slow")
@@ -134,6 +138,7 @@ for _class in ErrorClass:
 for _outcome in ("requeued", "buried"):
     CRASHES_RECOVERED.labels(_outcome)
 PARTS_UPLOADED, PARTS_RESUMED = ARCHIVE_PARTS.labels("uploaded"), ARCHIVE_PARTS.labels("resumed")
+SPANS_SENT, SPANS_LOST = TRACE_SPANS.labels("sent"), TRACE_SPANS.labels("lost")
 SSE_EVENT = {event: SSE_EVENTS.labels(event) for event in ("progress", *JOB_STATUSES)}
 SSE_ENDED = {reason: SSE_STREAMS_ENDED.labels(reason) for reason in SSE_REASONS}
 

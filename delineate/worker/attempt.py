@@ -17,6 +17,7 @@ from delineate.errors import InternalError, JobError, LeaseLost, QueueUnavailabl
 from delineate.job import ErrorClass, Failure, JobStatus, Lease, RetryPolicy
 from delineate.queue import Queue
 from delineate.storage import Storage
+from delineate.telemetry import spans
 from delineate.telemetry.metrics import (
     ATTEMPT_FAILURES,
     DOWNLOADS_ACTIVE,
@@ -64,6 +65,12 @@ class Attempt:
         self.task.cancel()
 
     async def _run(self) -> None:
+        with spans.attempt(self.lease) as span:
+            status = await self._attempt()
+            span.set_attribute(spans.OUTCOME, status)
+
+    async def _attempt(self) -> str:
+        """How it ended: one of metrics.DOWNLOAD_STATUSES."""
         self._log(logging.INFO, "job claimed")
         started = time.monotonic()
         status = "failed"  # also of a bug
@@ -82,6 +89,7 @@ class Attempt:
             await self._drop()
         elif status == "handed_back":
             await hand_back(self._queue, self.lease)
+        return status
 
     async def _drop(self) -> None:
         # Every heartbeat reports the lease as lost until this attempt has ended; that must not cut the abort short.
@@ -97,6 +105,7 @@ class Attempt:
             async with beside(reporter.run()):
                 result = await run_job(lease.job, self._storage, self._config, self._upload, reporter.report)
         except JobError as error:
+            spans.fail_attempt(error, error.code)
             await self._fail(error, started)
         except LeaseLost:
             raise
@@ -105,9 +114,11 @@ class Attempt:
             if isinstance(error, asyncio.CancelledError) and self.task.cancelling():
                 raise
             log.exception("a bug ended an attempt", extra=self._extra())
+            spans.fail_attempt(error, "internal_error")
             await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."), started)
         else:
-            await self._settle(lambda: queue.finish(lease, result))
+            with spans.step("finish"):
+                await self._settle(lambda: queue.finish(lease, result))
             self._count(JobStatus.COMPLETED, started)
             seconds = round(time.monotonic() - started, 3)
             self._log(logging.INFO, "job completed", size=result.size, seconds=seconds)

@@ -20,6 +20,7 @@ from delineate.errors import JobError, QueueUnavailable
 from delineate.job import JOB_ID, JobStatus
 from delineate.queue import CorruptRecord, Queue
 from delineate.storage import Storage, UnfinishedUpload
+from delineate.telemetry import spans
 from delineate.telemetry.metrics import CRASHES_RECOVERED, EXPORT_JOBS
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class Janitor:
             CRASHES_RECOVERED.labels("buried" if reaped.buried else "requeued").inc()
             if reaped.buried:
                 EXPORT_JOBS.labels(JobStatus.FAILED).inc()
+            spans.lost_attempt(reaped.job_id, reaped.worker, reaped.traceparent, reaped.span, reaped.started_at)
             outcome = "buried" if reaped.buried else "queued again"
             log.warning(
                 "a worker was lost, its job is %s",

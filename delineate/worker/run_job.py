@@ -32,6 +32,7 @@ from delineate.errors import (
 )
 from delineate.job import ArchiveResult, Job
 from delineate.storage import Storage
+from delineate.telemetry import spans
 from delineate.worker.files import Files
 from delineate.worker.report import PackingProgress, Report, waiting_for_store
 from delineate.worker.upload import ArchiveUpload
@@ -101,7 +102,8 @@ async def _outlasted(storage: Storage, job: Job, report: Report) -> bool:
 
 async def _run(job: Job, storage: Storage, config: Config, upload: ArchiveUpload, report: Report) -> ArchiveResult:
     files = Files(storage, config.archive)
-    missing = await files.look_up(job, report)
+    with spans.step("look up files", files=job.total_files):
+        missing = await files.look_up(job, report)
     if missing and (job.on_missing == "fail" or len(missing) == job.total_files):
         raise FilesMissing(missing)
     plan = plan_archive(
@@ -119,7 +121,8 @@ async def _run(job: Job, storage: Storage, config: Config, upload: ArchiveUpload
         skipped_file_ids=tuple(missing),
     )
     packing = PackingProgress(plan.total_bytes, job.total_files, len(missing), report)
-    await _build(plan, files, storage, config.archive, result, upload, packing)
+    with spans.step("build archive", bytes=plan.total_bytes, parts=plan.part_count):
+        await _build(plan, files, storage, config.archive, result, upload, packing)
     return result
 
 

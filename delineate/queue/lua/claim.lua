@@ -6,16 +6,20 @@
 -- only leave the list, and an id by name that is not in the list was settled
 -- meanwhile: claiming it would leave a running job that no list holds.
 --
+-- A job whose trace is recorded gets a span id for this attempt, before anything can go wrong with it: a worker that
+-- dies cannot tell its own. The one before it is kept, for the link from this attempt to that.
+--
 -- While the queue is paused, what only waits stays where it is, or goes back to the front of the line.
 --
 -- KEYS  1 wait (list)  2 the worker's active (list)  3 workers (zset)  4 failed (list)  5 paused (string)
 -- ARGV  1 base of all keys  2 worker  3 how many to take from wait
---       4 life of a failed record (s)  5.. ids by name
+--       4 life of a failed record (s)  5 13 hex digits that no other claim has, '' if the caller records nothing
+--       6.. ids by name
 -- Returns 'fenced' if the worker was declared dead, 'paused' if that is why there is nothing, else a list of {id, job hash
 --       (field, value, ...)}; a record whose counters are damaged is buried, its hash is empty
 -- Publishes each claimed job.
 local wait, active, workers, failed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local base, worker, count = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local base, worker, count, nonce = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[5]
 
 local lease_end = redis.call('ZSCORE', workers, worker)
 if not lease_end or tonumber(lease_end) <= 0 then return 'fenced' end
@@ -28,7 +32,7 @@ end
 local function take(id, by_name)
   if by_name and not redis.call('LPOS', active, id) then return end
   local job = base .. 'job:' .. id
-  local f = redis.call('HMGET', job, 'status', 'worker', 'attempts', 'token', 'version', 'user')
+  local f = redis.call('HMGET', job, 'status', 'worker', 'attempts', 'token', 'version', 'user', 'traceparent', 'span')
   if f[1] == 'queued' and paused then
     redis.call('LREM', active, -1, id)
     redis.call('RPUSH', wait, id)
@@ -57,11 +61,15 @@ local function take(id, by_name)
   redis.call('HDEL', job, 'due_at')
   redis.call('HSET', job, 'status', 'processing', 'worker', worker, 'attempt_started_at', digits(now), 'stage', 'planning',
     'message', 'Looking up the files', 'progress', 0, 'current_file', 0, 'bytes_done', 0, 'bytes_total', 0)
+  -- The last digit of a traceparent has the flag that says it is recorded.
+  if nonce ~= '' and string.find(f[7] or '', '[13579bdf]$') then
+    redis.call('HSET', job, 'previous_span', f[8] or '', 'span', nonce .. string.format('%03x', #claimed))
+  end
   publish(job, now)
   claimed[#claimed + 1] = {id, redis.call('HGETALL', job)}
 end
 
-for i = 5, #ARGV do take(ARGV[i], true) end
+for i = 6, #ARGV do take(ARGV[i], true) end
 -- With nobody in the wait list no job stands back for its user's turn, which may be with a worker that just died.
 local function from_backlog()
   local id = redis.call('ZPOPMIN', base .. 'queue:backlog')[1]

@@ -9,37 +9,39 @@
 -- ARGV  1 base of all keys  2 most crashes of a job  3 life of a failed record (s)
 --       4 how many jobs at most  5 how long dead workers are remembered (ms)
 --       6 failure for a poison job (JSON)  7 message for a poison job
--- Returns a flat list: worker, job id, 'requeued' or 'buried', ...
+-- Returns a flat list: worker, job id, 'requeued' or 'buried', and of the attempt that was lost: traceparent, span id
+--       ('' if it is not traced) and when it began (ms); all three are '' if it was never claimed
 -- Publishes each job that was being processed.
 local workers, wait, failed = KEYS[1], KEYS[2], KEYS[3]
 local base, max_crashes, left = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[4])
 local now, moved = clock(), {}
 
+local function report(worker, id, outcome, traceparent, span, began)
+  for _, value in ipairs({worker, id, outcome, traceparent or '', span or '', began or ''}) do
+    moved[#moved + 1] = value
+  end
+end
+
 local function reap_job(worker, id)
   local job = base .. 'job:' .. id
-  local f = redis.call('HMGET', job, 'status', 'worker')
+  local f = redis.call('HMGET', job, 'status', 'worker', 'traceparent', 'span', 'attempt_started_at')
   if f[1] == 'queued' then
     -- Moved by BLMOVE but never claimed: nothing was lost, nothing is charged.
     redis.call('RPUSH', wait, id)
+    report(worker, id, 'requeued')
   elseif f[1] == 'processing' and f[2] == worker then
     redis.call('HINCRBY', job, 'token', 1)
     if redis.call('HINCRBY', job, 'crashes', 1) > max_crashes then
       set_failed(job, failed, base .. 'queue:abandoned', id, ARGV[6], ARGV[7], now, ARGV[3])
-      moved[#moved + 1] = worker
-      moved[#moved + 1] = id
-      moved[#moved + 1] = 'buried'
+      report(worker, id, 'buried', f[3], f[4], f[5])
       return
     end
     redis.call('HINCRBY', job, 'attempts', -1)
     set_waiting(job, 'The worker was lost; waiting for another')
     redis.call('RPUSH', wait, id)
     publish(job, now)
-  else
-    return
+    report(worker, id, 'requeued', f[3], f[4], f[5])
   end
-  moved[#moved + 1] = worker
-  moved[#moved + 1] = id
-  moved[#moved + 1] = 'requeued'
 end
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '(0', now)) do
