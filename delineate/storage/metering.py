@@ -19,9 +19,9 @@ _BEGUN = "delineate_begun"
 
 
 @contextmanager
-def metered(operation: str, method: str, url: str) -> Iterator[Span]:
+def metered(operation: str, url: str) -> Iterator[Span]:
     """Count what happens in the block as one request, with its body."""
-    span = start_s3(operation, method, url)
+    span = start_s3(operation, url)
     started = time.perf_counter()
     failure: BaseException | None = None
     try:
@@ -41,7 +41,7 @@ def meter(client: S3Client) -> None:
     """
 
     def begin(context: dict[str, Any], event_name: str, params: dict[str, Any], **_: object) -> None:
-        span = start_s3(_operation(event_name), params["method"], params["url"])
+        span = start_s3(_operation(event_name), params["url"])
         context[_BEGUN] = (time.perf_counter(), span)
 
     def answered(context: dict[str, Any], event_name: str, http_response: Any, **_: object) -> None:

@@ -49,7 +49,7 @@ class Wire:
         headers = await self._signer.headers(method, url, {})
         if unsigned:
             headers.update(unsigned)
-        with metered(operation or _OPERATIONS[method], method, url) as span:
+        with metered(operation or _OPERATIONS[method], url) as span:
             async with self._http.request(
                 method, URL(url, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False
             ) as response:
@@ -63,7 +63,7 @@ class Wire:
         signed = await self._signer.headers("PUT", url, headers)
         # aiohttp's sock_read does not watch the sending side: a store that stops reading would hold us forever.
         operation = "UploadPart" if "partNumber=" in url else "PutObject"
-        with metered(operation, "PUT", url) as span:
+        with metered(operation, url) as span:
             async with asyncio.timeout(self._stall_seconds) as deadline:
                 slices = _Slices(body, deadline, self._stall_seconds)
                 try:

@@ -197,7 +197,7 @@ def step(name: str, **attributes: Value) -> Iterator[None]:
         yield
 
 
-def start_s3(operation: str, method: str, url: str) -> Span:
+def start_s3(operation: str, url: str) -> Span:
     """One request to the store, which its caller ends; `url` with its query, of which only a part's number is shown."""
     if not tracing.recording():
         return INVALID_SPAN
@@ -205,12 +205,8 @@ def start_s3(operation: str, method: str, url: str) -> Span:
     attributes: dict[str, Value] = {
         "rpc.system.name": "aws-api",
         "rpc.method": f"S3/{operation}",
-        "http.request.method": method,
-        "url.full": f"{parts.scheme}://{parts.hostname}{parts.path}",
-        "server.address": parts.hostname or "",
+        "url.full": f"{parts.scheme}://{parts.netloc}{parts.path}",
     }
-    if parts.port is not None:
-        attributes["server.port"] = parts.port
     if operation == "UploadPart":
         attributes["aws.s3.part_number"] = int(parse_qs(parts.query)["partNumber"][0])
     return tracing.start(f"S3.{operation}", SpanKind.CLIENT, attributes)
