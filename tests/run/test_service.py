@@ -89,7 +89,7 @@ def test_supervisorctl_works_from_the_checkout_without_any_variable(service: Up,
         assert done.stderr == ""
         return {name: state for name, state, *_ in map(str.split, done.stdout.splitlines())}
 
-    programs = ("api:api_00", "api:api_01", "worker:worker_00", "worker:worker_01", "gatekeeper", "redis", "s3")
+    programs = ("api:api_00", "api:api_01", "worker:worker_00", "worker:worker_01", "redis", "s3")
     wait_until(lambda: states() == dict.fromkeys(programs, "RUNNING"), "RUNNING of every program")
 
 

@@ -185,7 +185,7 @@ def test_stop_in_the_middle_of_a_job_takes_seconds_and_the_job_goes_on(make_up: 
 def test_all_ends_when_supervisord_is_killed(make_up: MakeUp) -> None:
     up = make_up()
     up.start()
-    (supervisord,) = (pid for pid, words in up.processes().items() if "supervisor.supervisord" in words)
+    (supervisord,) = (pid for pid, words in up.processes().items() if "delineate.supervisord" in words)
     os.kill(supervisord, signal.SIGKILL)
     assert up.process is not None
     assert up.process.wait(10) == 1

@@ -1,0 +1,83 @@
+"""`python -m delineate.supervisord`: supervisord, whose log has the same shape as every other process's.
+
+It takes supervisord's own arguments. Exit codes: 0 stopped, 1 a program did not
+stay up (supervision.py) or supervisord has a bug, 2 it cannot start.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import NoReturn
+
+from supervisor import loggers, supervisord
+from supervisor.options import ServerOptions
+from supervisor.states import SupervisorStates
+
+from delineate.config import load_config
+from delineate.telemetry.logs import set_up_logs
+
+_log = logging.getLogger("delineate.supervisord")  # this module's name is __main__
+
+# Where supervisord's own level says less than the event does, or more: every stop is asked for by a signal.
+_LEVELS = {"spawnerr": logging.ERROR, "gave up": logging.ERROR, "received SIGTERM indicating exit request": logging.INFO}
+_FACTS = re.compile(
+    r"(?:spawned|success|exited|stopped|gave up): '?(?P<program>[\w-]+)'?"
+    r"(?:.* with pid (?P<pid>\d+))?(?:.*exit status (?P<exitStatus>\d+))?(?:.*terminated by (?P<signal>SIG\w+))?"
+)
+
+
+def main() -> int:
+    config = load_config()
+    set_up_logs(config.log, "delineate-supervisord")
+    if config.log.format == "text":
+        _log.setLevel(logging.WARNING)  # at a terminal, that all is as usual needs no words
+    first = True
+    while True:  # as supervisor.supervisord.main does: `supervisorctl reload` starts anew
+        options = _Options()
+        options.realize(doc=supervisord.__doc__)
+        options.first, options.test = first, False
+        supervisord.go(options)
+        options.close_httpservers()
+        options.close_logger()
+        first = False
+        if options.mood < SupervisorStates.RESTARTING:
+            return 1 if options.gave_up else 0
+
+
+class _Options(ServerOptions):  # type: ignore[misc]  # the package has no types
+    gave_up = False
+
+    def make_logger(self) -> None:
+        self.logger = loggers.getLogger(self.loglevel)
+        self.logger.addHandler(_Bridge(sys.stdout))
+        for message in self.parse_criticals:
+            self.logger.critical(message)
+        for message in self.parse_warnings:
+            self.logger.warn(message)
+        for message in self.parse_infos:
+            self.logger.info(message)
+
+    def usage(self, msg: object) -> NoReturn:
+        _log.critical("supervisord cannot start: %s", msg)
+        sys.exit(2)
+
+
+class _Bridge(loggers.StreamHandler):  # type: ignore[misc]
+    """Hands supervisord's records on; the stream is for its base class, and nothing is written there."""
+
+    def emit(self, record: loggers.LogRecord) -> None:
+        message = record.asdict()["message"].rstrip()
+        level = _LEVELS.get(message.partition(":")[0], max(record.level, logging.DEBUG))
+        facts = _FACTS.match(message)
+        context = {name: _number(value) for name, value in facts.groupdict().items() if value} if facts else {}
+        _log.log(level, "%s", message, extra={"context": context})
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
