@@ -21,7 +21,11 @@ from delineate.telemetry.logs import set_up_logs
 _log = logging.getLogger("delineate.supervisord")  # this module's name is __main__
 
 # Where supervisord's own level says less than the event does, or more: every stop is asked for by a signal.
-_LEVELS = {"spawnerr": logging.ERROR, "gave up": logging.ERROR, "received SIGTERM indicating exit request": logging.INFO}
+_LEVELS = {
+    "spawnerr": logging.ERROR,
+    "gave up": logging.ERROR,
+    "received SIGTERM indicating exit request": logging.INFO,
+}
 _FACTS = re.compile(
     r"(?:spawned|success|exited|stopped|gave up): '?(?P<program>[\w-]+)'?"
     r"(?:.* with pid (?P<pid>\d+))?(?:.*exit status (?P<exitStatus>\d+))?(?:.*terminated by (?P<signal>SIG\w+))?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from delineate.api.auth import open_session
@@ -20,6 +21,8 @@ from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Enqueued
 from delineate.telemetry.metrics import DOWNLOAD_LINKS
+
+_log = logging.getLogger(__name__)
 
 # The reference polls every 2 to 5 seconds.
 POLL_SECONDS = 2
@@ -54,6 +57,9 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
             request_id=request.request_id,
         )
     )
+    if not enqueued.replayed:
+        context = {"jobId": enqueued.job.id, "userId": session.user, "files": enqueued.job.total_files}
+        _log.info("job accepted", extra={"context": context})
     replayed: Headers = (("Idempotency-Replayed", "true"),) if enqueued.replayed else ()
     return enqueued, (*session.headers, *replayed)
 
@@ -102,11 +108,14 @@ async def download_export(request: Request) -> Answer:
 
 
 async def cancel_export(request: Request) -> Answer:
-    return json_answer(job_document(await request.services.queue.cancel(request.job_id)))
+    job = await request.services.queue.cancel(request.job_id)
+    _log.info("job cancelled", extra={"context": {"userId": job.user}})
+    return json_answer(job_document(job))
 
 
 async def retry_export(request: Request) -> Answer:
     job = await request.services.queue.requeue(request.job_id)
+    _log.info("job retried", extra={"context": {"userId": job.user}})
     return json_answer(job_document(job), headers=(("Location", job_path(job.id)),))
 
 

@@ -51,7 +51,7 @@ def set_up_logs(config: LogConfig, service: str) -> None:
     # Libraries speak when something is wrong. What they say besides is not ours to ship: Tornado, for one, tells at
     # level info whose request it could not read.
     logging.basicConfig(level=max(logging.WARNING, _number(config.level)), handlers=[handler], force=True)
-    logging.getLogger("asyncio").addFilter(_tell_apart)
+    logging.getLogger("asyncio").addFilter(_is_news)
     logging.captureWarnings(True)
     sys.excepthook = _on_crash
     threading.excepthook = lambda crash: _on_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
@@ -87,29 +87,19 @@ def _number(level: str) -> int:
     return logging.getLevelNamesMapping()[level.upper()]
 
 
-def _on_crash(
-    kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None
-) -> None:
+def _on_crash(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error or kind(), traceback)
     elif error is not None:
         _log.critical("a bug ended the process or one of its threads", exc_info=(kind, error, traceback))
 
 
-def _tell_apart(record: logging.LogRecord) -> bool:
-    """Whether asyncio's record is worth a line; its lists of "name: object" after the first line are not.
-
-    A connect that gives up leaves its look-up behind, which fails later and has nobody to tell (uvloop's
-    create_connection awaits it through asyncio.wait). Whoever gave up has said so.
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a look-up of uvloop failed after its connect had given up: nobody is left to await it, by design
+    (its create_connection waits through asyncio.wait), and whoever gave up has said so.
     """
-    message, *details = record.getMessage().split("\n")
-    if message == "Future exception was never retrieved" and record.exc_info:
-        if isinstance(record.exc_info[1], socket.gaierror):
-            return False
-    record.msg, record.args = message, None
-    if details:
-        record.context = {"details": " ".join(details)}
-    return True
+    lost = record.msg.startswith("Future exception was never retrieved")
+    return not (lost and record.exc_info and isinstance(record.exc_info[1], socket.gaierror))
 
 
 class _Lines(logging.Handler):
