@@ -104,6 +104,22 @@ def test_restarted_workers_lose_no_job(service: Up) -> None:
     assert len(sizes) == 1
 
 
+def test_the_log_level_is_two_signals_that_end_nobody(service: Up) -> None:
+    def pids() -> list[int]:
+        return [int(pid) for pid in service.supervisorctl("pid", "all").split()]
+
+    before = pids()
+    for number, level in (("USR1", "DEBUG"), ("USR2", "INFO")):
+        assert service.supervisorctl("signal", number, "all").count("signalled") == 6
+        says = re.compile(rf"{level} +(api|worker) +the log level is {level.lower()}$", re.MULTILINE)
+        wait_until(lambda says=says: len(says.findall(service.log.read_text())) == 4, f"level {level}")  # type: ignore[misc]
+    assert pids() == before
+    service.supervisorctl("signal", "USR1", "api:*")
+    service.get("/v1/exports?limit=1")
+    wait_until(lambda: "answered  method=GET  path=/v1/exports  status=200" in service.log.read_text(), "a line")
+    service.supervisorctl("signal", "USR2", "api:*")
+
+
 def test_killed_process_is_started_again(service: Up) -> None:
     def pid() -> int:
         return int(service.supervisorctl("pid", "worker:worker_00"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -194,13 +195,21 @@ def test_all_ends_when_supervisord_is_killed(make_up: MakeUp) -> None:
 
 
 def test_program_that_does_not_stay_up_ends_all_with_an_error(make_up: MakeUp) -> None:
-    up = make_up(DELINEATE_API_PROCESSES="1", DELINEATE_WORKER_PROCESSES="1")
+    up = make_up(DELINEATE_API_PROCESSES="1", DELINEATE_WORKER_PROCESSES="1", DELINEATE__LOG__FORMAT="json")
     (up.home / "redis" / "appendonlydir").mkdir(parents=True)
     (up.home / "redis" / "appendonlydir" / "appendonly.aof.manifest").write_text("not a manifest\n")
     process = up.launch()
     assert process.wait(40) == 1
     assert up.processes() == {}
-    assert "redis did not stay up" in up.log.read_text()
+    lines = [json.loads(line) for line in up.log.read_text().splitlines() if line.startswith("{")]
+    serious = [line for line in lines if line["level"] in ("error", "critical")]
+    assert {line["service"] for line in serious} == {"delineate-supervisord"}
+    assert [(line["message"], line["context"]) for line in serious] == [
+        ("redis did not stay up; everything stops", {"program": "redis"}),
+        ("gave up: redis entered FATAL state, too many start retries too quickly", {"program": "redis"}),
+    ]
+    ended = [line["context"] for line in lines if line["message"].startswith("exited: redis")]
+    assert ended == [{"program": "redis", "exitStatus": 1}] * 4
 
 
 def test_a_folder_that_is_not_a_home_is_refused_and_left_alone(tmp_path: Path) -> None:
