@@ -55,7 +55,7 @@ class _Options(ServerOptions):  # type: ignore[misc]  # the package has no types
 
     def make_logger(self) -> None:
         self.logger = loggers.getLogger(self.loglevel)
-        self.logger.addHandler(_Bridge(sys.stdout))
+        self.logger.addHandler(_Bridge())
         for message in self.parse_criticals:
             self.logger.critical(message)
         for message in self.parse_warnings:
@@ -71,16 +71,24 @@ class _Options(ServerOptions):  # type: ignore[misc]  # the package has no types
 class _Bridge(loggers.StreamHandler):  # type: ignore[misc]
     """Hands supervisord's records on; the stream is for its base class, and nothing is written there."""
 
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._pids: dict[str, str] = {}
+
     def emit(self, record: loggers.LogRecord) -> None:
         message = record.asdict()["message"].rstrip()
         level = _LEVELS.get(message.partition(":")[0], max(record.level, logging.DEBUG))
-        facts = _FACTS.match(message)
-        context = {name: _number(value) for name, value in facts.groupdict().items() if value} if facts else {}
-        _log.log(level, "%s", message, extra={"context": context})
+        _log.log(level, "%s", message, extra={"context": self._facts(message)})
 
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    def _facts(self, message: str) -> dict[str, int | str]:
+        """What a message about a program says; of its pid supervisord speaks only when it starts."""
+        found = _FACTS.match(message)
+        if found is None:
+            return {}
+        facts = {name: value for name, value in found.groupdict().items() if value}
+        program = facts["program"]
+        facts["pid"] = self._pids[program] = facts.get("pid") or self._pids.get(program, "")
+        return {name: int(value) if value.isdigit() else value for name, value in facts.items() if value}
 
 
 if __name__ == "__main__":

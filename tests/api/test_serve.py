@@ -124,8 +124,8 @@ async def test_a_redis_that_comes_later_is_looked_at_as_well(config: Config, tmp
         finally:
             await asyncio.to_thread(redis.stop)
         assert process.returncode == 2
-        line = output.decode().splitlines()[-1]
-        assert line.startswith("delineate api: queue.durability is always, but this Redis has appendfsync everysec;")
+        message = json.loads(output.decode().splitlines()[-1])["message"]
+        assert message.startswith("queue.durability is always, but this Redis has appendfsync everysec;")
 
 
 async def test_processes_of_delineate_share_a_port(config: Config) -> None:

@@ -189,7 +189,11 @@ def check_story(said: list[dict[str, Any]]) -> None:
     for line in of_job:
         if line["service"] == "delineate-worker":
             assert (line["context"]["jobId"], line["context"]["userId"]) == (job, user)
-    found = {line["message"]: line for line in said}
+    found = {line["message"].partition(" with pid ")[0]: line for line in reversed(said)}
     assert {"job failed", "job cancelled", "answered"} <= found.keys()
     killed = found["exited: worker_00 (terminated by SIGKILL; not expected)"]
-    assert (killed["level"], killed["context"]) == ("warning", {"program": "worker_00", "signal": "SIGKILL"})
+    pid = found["spawned: 'worker_00'"]["context"]["pid"]
+    assert (killed["level"], killed["context"]) == (
+        "warning",
+        {"program": "worker_00", "pid": pid, "signal": "SIGKILL"},
+    )
