@@ -25,7 +25,7 @@ from delineate.storage import open_storage
 from tests.conftest import unique_config
 from tests.nginx.test_serve import Serve
 from tests.proxies.fronts import end
-from tests.servers import ServerProcess, free_port
+from tests.servers import ServerProcess, free_port, wait_until
 
 PASSWORD, ACCESS_KEY, SECRET_KEY = "redis-password-7f3a", "access-key-7f3a", "secret-key-7f3a"
 AGENT, ADDRESS, NAME, QUERY = "Agent-7f3a/1.0", "203.0.113.77", "Kündigung 7f3a.pdf", "query-7f3a"
@@ -173,10 +173,11 @@ async def until(serve: Serve, words: str) -> None:
 
 
 def shake(serve: Serve) -> None:
-    """Levels up and down, and a worker that is killed."""
+    """Signals for levels, and a worker that is killed."""
     for number in ("USR1", "USR2"):
         assert serve.control("signal", number, "api:*", "worker:*").count("signalled") == 3
     os.kill(int(serve.control("pid", "worker:worker_00")), signal.SIGKILL)
+    wait_until(lambda: "exited: worker_00" in serve.log.read_text(), "a line about the end")
 
 
 def check_story(said: list[dict[str, Any]]) -> None:
