@@ -90,7 +90,7 @@ def _number(level: str) -> int:
 def _on_crash(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error or kind(), traceback)
-    elif error is not None:
+    elif error is not None and kind is not SystemExit:  # a thread's way to end itself
         _log.critical("a bug ended the process or one of its threads", exc_info=(kind, error, traceback))
 
 
@@ -103,8 +103,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _Lines(logging.Handler):
-    """Writes each line with one system call, and without a buffer: a pipe takes up to 4 KB of it as a whole, and a
-    signal's handler may log while a line is being logged."""
+    """Writes each line with one system call, and without a buffer.
+
+    A pipe takes up to 4 KB of it as a whole, and a signal's handler may log while a line is being logged.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
