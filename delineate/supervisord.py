@@ -20,12 +20,14 @@ from delineate.telemetry.logs import set_up_logs
 
 _log = logging.getLogger("delineate.supervisord")  # this module's name is __main__
 
-# Where supervisord's own level says less than the event does, or more: every stop is asked for by a signal.
-_LEVELS = {
-    "spawnerr": logging.ERROR,
-    "gave up": logging.ERROR,
-    "received SIGTERM indicating exit request": logging.INFO,
-}
+# Where supervisord's own level says less than the event does, or more: every stop is asked for by a signal, and orphans
+# are the first process's to reap.
+_LEVELS = (
+    ("spawnerr:", logging.ERROR),
+    ("gave up:", logging.ERROR),
+    ("received SIGTERM", logging.INFO),
+    ("reaped unknown pid", logging.DEBUG),
+)
 _FACTS = re.compile(
     r"(?:spawned|success|exited|stopped|gave up): '?(?P<program>[\w-]+)'?"
     r"(?:.* with pid (?P<pid>\d+))?(?:.*exit status (?P<exitStatus>\d+))?(?:.*terminated by (?P<signal>SIG\w+))?"
@@ -77,7 +79,8 @@ class _Bridge(loggers.StreamHandler):  # type: ignore[misc]
 
     def emit(self, record: loggers.LogRecord) -> None:
         message = record.asdict()["message"].rstrip()
-        level = _LEVELS.get(message.partition(":")[0], max(record.level, logging.DEBUG))
+        own = max(record.level, logging.DEBUG)
+        level = next((level for start, level in _LEVELS if message.startswith(start)), own)
         _log.log(level, "%s", message, extra={"context": self._facts(message)})
 
     def _facts(self, message: str) -> dict[str, int | str]:
