@@ -20,6 +20,7 @@ from delineate.api.schemas import ExportRequest, parse_export, parse_idempotency
 from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Enqueued
+from delineate.telemetry.logs import job_fields
 from delineate.telemetry.metrics import DOWNLOAD_LINKS
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
         )
     )
     if not enqueued.replayed:
-        context = {"jobId": enqueued.job.id, "userId": session.user, "files": enqueued.job.total_files}
+        context = {**job_fields(enqueued.job), "files": enqueued.job.total_files}
         _log.info("job accepted", extra={"context": context})
     replayed: Headers = (("Idempotency-Replayed", "true"),) if enqueued.replayed else ()
     return enqueued, (*session.headers, *replayed)
@@ -109,13 +110,13 @@ async def download_export(request: Request) -> Answer:
 
 async def cancel_export(request: Request) -> Answer:
     job = await request.services.queue.cancel(request.job_id)
-    _log.info("job cancelled", extra={"context": {"userId": job.user}})
+    _log.info("job cancelled", extra={"context": job_fields(job)})
     return json_answer(job_document(job))
 
 
 async def retry_export(request: Request) -> Answer:
     job = await request.services.queue.requeue(request.job_id)
-    _log.info("job retried", extra={"context": {"userId": job.user}})
+    _log.info("job retried", extra={"context": job_fields(job)})
     return json_answer(job_document(job), headers=(("Location", job_path(job.id)),))
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 
 from delineate.config import LogConfig
+from delineate.job import Job
 
 _log = logging.getLogger(__name__)
 _ours = logging.getLogger("delineate")
@@ -65,6 +66,14 @@ def set_up_logs(config: LogConfig, service: str) -> None:
 def working_for(request_id: str, **context: object) -> None:
     """What the current task logs from here on, and tasks that it starts, is about this."""
     _work.set((request_id, context))
+
+
+def job_fields(job: Job) -> dict[str, object]:
+    """What the context of a line about `job` has: of its files the one, where it is only one."""
+    fields: dict[str, object] = {"jobId": job.id, "userId": job.user}
+    if job.total_files == 1:
+        fields["fileId"] = job.file_ids[0]
+    return fields
 
 
 def _follow_signals(config: LogConfig) -> None:

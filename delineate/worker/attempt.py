@@ -17,7 +17,7 @@ from delineate.errors import InternalError, JobError, LeaseLost, QueueUnavailabl
 from delineate.job import ErrorClass, Failure, JobStatus, Lease, RetryPolicy
 from delineate.queue import Queue
 from delineate.storage import Storage
-from delineate.telemetry.logs import working_for
+from delineate.telemetry.logs import job_fields, working_for
 from delineate.telemetry.metrics import (
     ATTEMPT_FAILURES,
     DOWNLOADS_ACTIVE,
@@ -65,7 +65,7 @@ class Attempt:
 
     async def _run(self) -> None:
         job = self.lease.job
-        working_for(job.request_id, jobId=job.id, userId=job.user, attempt=job.attempts)
+        working_for(job.request_id, **job_fields(job), attempt=job.attempts)
         log.info("job claimed")
         started = time.monotonic()
         status = "failed"  # also of a bug
@@ -159,4 +159,4 @@ async def hand_back(queue: Queue, lease: Lease) -> None:
 
 def _about(lease: Lease) -> dict[str, object]:
     """For a record that is logged outside the attempt's own task."""
-    return {"context": {"jobId": lease.job.id, "userId": lease.job.user}, "request_id": lease.job.request_id}
+    return {"context": job_fields(lease.job), "request_id": lease.job.request_id}

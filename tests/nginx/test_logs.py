@@ -189,7 +189,8 @@ def check_story(said: list[dict[str, Any]]) -> None:
     assert set(messages) == {"job accepted", "job claimed", "job completed", "POST /v1/export 200"}
     for line in of_job:
         if line["service"] == "delineate-worker":
-            assert (line["context"]["jobId"], line["context"]["userId"]) == (job, user)
+            context = line["context"]
+            assert (context["jobId"], context["userId"], context["fileId"]) == (job, user, 70000)
     found = {line["message"].partition(" with pid ")[0]: line for line in reversed(said)}
     assert {"job failed", "job cancelled", "answered"} <= found.keys()
     killed = found["exited: worker_00 (terminated by SIGKILL; not expected)"]
