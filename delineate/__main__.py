@@ -1,18 +1,24 @@
 """`delineate` and `python -m delineate`: the one place where the parts are wired together.
 
 Exit codes: 0 done, 1 a bug (with a traceback in the log), 2 something an
-operator has to change (one line on stderr says what). `up`, `serve`, `restart`,
-`jobs` and `queue` have more; README.md lists them.
+operator has to change (one line says what: in the log, or on stderr where there
+is none yet). `up`, `serve`, `restart`, `jobs` and `queue` have more; README.md
+lists them.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from delineate.arguments import parse_arguments
 from delineate.errors import OperatorError
+
+if TYPE_CHECKING:
+    from delineate.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +63,18 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_config()
     set_up_logs(config.log, f"delineate-{command}")
+    try:
+        _serve(config, options)
+    except OperatorError as error:
+        logging.getLogger("delineate").critical("%s", error)
+        return 2
+    return 0
+
+
+def _serve(config: Config, options: argparse.Namespace) -> None:
+    import uvloop
+
+    command: str = options.command
     if command in ("api", "worker"):
         from delineate.telemetry.processes import registered
         from delineate.telemetry.tracing import tracing
@@ -78,7 +96,6 @@ def _run(options: argparse.Namespace) -> int:
         from delineate.seed import make_buckets, seed_when_ready
 
         uvloop.run(make_buckets(config) if command == "buckets" else seed_when_ready(config))
-    return 0
 
 
 if __name__ == "__main__":

@@ -56,10 +56,6 @@ class Home:
     def lock(self) -> Path:
         return self.path / "run" / "lock"
 
-    @property
-    def fatal(self) -> Path:
-        return fatal_file(self.path)
-
     def save(self) -> None:
         """Keep the settings; a crash leaves the old or the new ones, never half of them."""
         file = self.path / "settings.json"
@@ -121,14 +117,9 @@ def make_folders(path: Path, folders: Iterable[str]) -> None:
 
 
 def forget_processes(path: Path) -> None:
-    """Remove what the processes of the last run left behind: their metrics, and that they were ready or failed."""
-    for file in (*(path / "metrics").iterdir(), *(path / "run").glob("*.ready"), fatal_file(path)):
+    """Remove what the processes of the last run left behind: their metrics, and that they were ready."""
+    for file in (*(path / "metrics").iterdir(), *(path / "run").glob("*.ready")):
         file.unlink(missing_ok=True)
-
-
-def fatal_file(path: Path) -> Path:
-    """Where the gatekeeper writes the name of a program that would not stay up."""
-    return path / "run" / "fatal"
 
 
 def supervisor_socket(path: Path) -> Path:

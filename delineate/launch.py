@@ -21,7 +21,6 @@ OPEN_FILES = 65_536
 DEFAULTS = {
     "DELINEATE_API_PROCESSES": "2",
     "DELINEATE_WORKER_PROCESSES": "2",
-    "DELINEATE_SUPERVISOR_LOG_LEVEL": "warn",
     # Names are looked up in libuv's threads, four by default. A Redis that is away, where DNS takes its time to say so,
     # would keep all four, and the S3 store's name would wait behind them.
     "UV_THREADPOOL_SIZE": "32",
@@ -68,7 +67,7 @@ def process_settings(config: Config, sock: Path) -> dict[str, str]:
 
 def supervisord_command(conf: Path) -> list[str]:
     root = ("--user", str(os.getuid())) if os.getuid() == 0 else ()
-    return [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(conf), *root]
+    return [sys.executable, "-m", "delineate.supervisord", "--configuration", str(conf), *root]
 
 
 def allow_many_open_files() -> None:

@@ -7,7 +7,7 @@
         ready       it says so itself (ready.py) and supervisord calls it RUNNING; only then the next one
 
 The first process that does not get ready ends the restart: it is stopped
-before supervisord gives up on it (which would end everything, gatekeeper.py),
+before supervisord gives up on it (which would end everything, supervision.py),
 and the others keep running as they are.
 """
 

@@ -9,7 +9,7 @@ processes are restarted or crash, clients wait for the next one to accept.
     [fcgi-program:api]       opens the socket and hands it over as file descriptor 0, as FastCGI does;
                              what comes through it is HTTP all the same
     attend                   the [rpcinterface:] of supervisord.conf. It keeps the socket open when no API process
-                             runs, stops all processes at once, and gives supervisord's end an exit code
+                             runs, stops all processes at once, and ends everything when a program is beyond help
     handed_over              the socket in an API process; None if it was started without supervisord
 
 Source: http://supervisord.org/configuration.html#fcgi-program-x-section-settings
@@ -17,14 +17,14 @@ Source: http://supervisord.org/configuration.html#fcgi-program-x-section-setting
 
 from __future__ import annotations
 
-import atexit
+import logging
 import os
 import socket
 import stat
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 STDIN = 0
 # Nginx has read by then what it was about to pass on.
@@ -34,8 +34,8 @@ NGINX_SECONDS = 0.5
 class Attendant:
     """The namespace of remote calls that an [rpcinterface:] must be. It has none."""
 
-    def __init__(self, supervisord: Any, fatal: Path) -> None:
-        self._supervisord, self._fatal = supervisord, fatal
+    def __init__(self, supervisord: Any) -> None:
+        self._supervisord = supervisord
         self._socket: object = supervisord.process_groups["api"].socket_manager.get_socket()
 
     def _stop(self, _: object) -> None:
@@ -54,22 +54,27 @@ class Attendant:
             time.sleep(NGINX_SECONDS)
         groups["api"].stop_all()
 
-    def _say_why(self) -> None:
-        """Supervisord ends with 0 whatever happened, and nobody else could tell where it is the first process."""
-        if self._fatal.exists():
-            print(f"delineate: {self._fatal.read_text()} did not stay up; everything stopped", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+    def _give_up(self, event: Any) -> None:
+        """A program that will not stay up becomes FATAL, and supervisord would keep the rest running without it:
+        a container that looks alive and serves nobody. So it stops the rest in order, and ends with 1.
+        """
+        from supervisor.states import SupervisorStates
+
+        options = self._supervisord.options
+        if options.mood < SupervisorStates.RUNNING:
+            return  # it stops already; the first is the cause of the rest
+        options.gave_up, options.mood = True, SupervisorStates.SHUTDOWN
+        program = event.process.config.name
+        _log.critical("%s did not stay up; everything stops", program, extra={"context": {"program": program}})
 
 
-def attend(supervisord: Any, *, fatal: str) -> Attendant:
-    """Called before the first process starts; `fatal` is the file of the gatekeeper."""
+def attend(supervisord: Any) -> Attendant:
+    """Called before the first process starts."""
     from supervisor import events
 
-    attendant = Attendant(supervisord, Path(fatal))
+    attendant = Attendant(supervisord)
     events.subscribe(events.SupervisorStoppingEvent, attendant._stop)
-    atexit.register(attendant._say_why)
+    events.subscribe(events.ProcessStateFatalEvent, attendant._give_up)
     return attendant
 
 

@@ -23,6 +23,7 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     lock, *command = sys.argv[1:]
     die_with_parent()
+    ignore_log_signals()
     if lock != "-":
         hold(lock)
     try:
@@ -36,6 +37,12 @@ def die_with_parent() -> None:
     parent = os.getppid()
     if _prctl(PR_SET_PDEATHSIG, signal.SIGTERM) and os.getppid() != parent:
         sys.exit(1)  # it ended before the kernel knew that we care
+
+
+def ignore_log_signals() -> None:
+    """They end who does not know them: Redis, or one of ours that is just starting (telemetry/logs.py)."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def adopt_orphans() -> None:

@@ -293,7 +293,7 @@ delineate is ready after {seconds:.1f} s
             await asyncio.sleep(0.02)
 
     def _exit_code(self, code: int | None) -> int:
-        if self._home.fatal.exists():
+        if code == 1:
             return 1  # supervisord has said why
         if self._signals > 1:
             return 128 + signal.SIGINT

@@ -9,6 +9,7 @@ sees a request before its body, so that one that is too large gets its JSON
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 import uuid
@@ -25,11 +26,14 @@ from delineate.api.handler import JSON_TYPE, REASONS, Answer, Headers, Request, 
 from delineate.api.routing import NO_HOST
 from delineate.errors import BodyTooLarge
 from delineate.telemetry import metrics
+from delineate.telemetry.logs import working_for
 from delineate.telemetry.spans import begin_request, end_request, fail
 from delineate.telemetry.tracing import traceparent
 
 if TYPE_CHECKING:
     from delineate.api.app import Api
+
+_log = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # What nginx writes into its log for a client that left before its answer; nobody receives it.
@@ -103,6 +107,7 @@ class Exchange(HTTPMessageDelegate):
             request_id=request_id if _SANE_ID.fullmatch(request_id) else str(uuid.uuid4()),
             path_id=path_id,
         )
+        working_for(self._request.request_id, **self._request.log_context())
         self._keeps = _keep_alive(line.version, headers.get("Connection", "").lower())
         declared = headers.get("Content-Length", "0")
         if declared.isdecimal() and int(declared[:20]) > self._api.max_body_bytes:
@@ -208,13 +213,10 @@ class Exchange(HTTPMessageDelegate):
 
     def _count(self, status: int) -> None:
         """Once a request: with its answer, or when it will have none."""
-        method = self._request.method
-        metrics.count_request(
-            method if method in _METHODS else "OTHER",
-            self._route.path,
-            status,
-            time.perf_counter() - self._started,
-        )
+        method, seconds = self._request.method, time.perf_counter() - self._started
+        metrics.count_request(method if method in _METHODS else "OTHER", self._route.path, status, seconds)
+        if _log.isEnabledFor(logging.DEBUG):  # nginx has the access log
+            _log.debug("answered", extra={"context": {"status": status, "seconds": round(seconds, 4)}})
         end_request(self._span, status)
 
     def _render(self, answer: Answer) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from delineate.api.auth import open_session
@@ -20,7 +21,10 @@ from delineate.errors import ArchiveExpired, JobNotFound, JobNotReady
 from delineate.job import Job, JobStatus, NewJob, new_job_id
 from delineate.queue import Enqueued
 from delineate.telemetry import spans, tracing
+from delineate.telemetry.logs import job_fields
 from delineate.telemetry.metrics import DOWNLOAD_LINKS
+
+_log = logging.getLogger(__name__)
 
 # The reference polls every 2 to 5 seconds.
 POLL_SECONDS = 2
@@ -56,6 +60,9 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
             )
         )
     spans.about(enqueued.job)
+    if not enqueued.replayed:
+        context = {**job_fields(enqueued.job), "files": enqueued.job.total_files}
+        _log.info("job accepted", extra={"context": context})
     replayed: Headers = (("Idempotency-Replayed", "true"),) if enqueued.replayed else ()
     return enqueued, (*session.headers, *replayed)
 
@@ -106,12 +113,14 @@ async def download_export(request: Request) -> Answer:
 async def cancel_export(request: Request) -> Answer:
     job = await request.services.queue.cancel(request.job_id)
     spans.about(job)
+    _log.info("job cancelled", extra={"context": job_fields(job)})
     return json_answer(job_document(job))
 
 
 async def retry_export(request: Request) -> Answer:
     job = await request.services.queue.requeue(request.job_id)
     spans.about(job)
+    _log.info("job retried", extra={"context": job_fields(job)})
     return json_answer(job_document(job), headers=(("Location", job_path(job.id)),))
 
 

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 
 from delineate.api.documents import event_document, job_document, progress_document
 from delineate.api.handler import encode_json
@@ -216,7 +217,8 @@ class Feeds:
             spans.delivered(job, streams)
 
     def _own(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        # A context of its own: a reading is for all who follow the job, not for the request that made it begin.
+        task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task

@@ -192,7 +192,11 @@ class Request:
         return found[0] if found else None
 
     def log_context(self) -> dict[str, object]:
-        return {"request_id": self.request_id, "context": {"method": self.method, "path": self.path}}
+        """Neither query nor caller: the one may hold a signature, the other is personal data."""
+        fields: dict[str, object] = {"method": self.method, "path": self.path}
+        if self.path_id and JOB_ID.fullmatch(job_id := self.path_id.lower()):
+            fields["jobId"] = job_id
+        return fields
 
 
 def invalid_query(name: str, problem: str) -> InvalidRequest:
@@ -209,18 +213,18 @@ def error_answer(error: BaseException, request: Request) -> Answer:
                 error.status, error.code, error.message, request.request_id, error.details, error.retry_after
             )
         case QueueUnavailable():
-            _log.warning("%s", error, extra=request.log_context())
+            _log.warning("%s", error)
             return _away("queue_unavailable", "The queue is not available now; repeat the request later.", request)
         case StorageTimeout():
-            _log.warning("%s", error, extra=request.log_context())
+            _log.warning("%s", error)
             return refusal(504, "storage_timeout", "The file store did not answer in time.", request.request_id)
         case StorageUnavailable() | AccessRefused() | BucketMissing():
-            _log.warning("%s", error, extra=request.log_context())
+            _log.warning("%s", error)
             return _away("storage_unavailable", "The file store is not available now; repeat later.", request)
         case TimeoutError():
-            _log.warning("the request took too long", extra=request.log_context())
+            _log.warning("the request took too long")
             return refusal(504, "request_timeout", "The request took too long.", request.request_id)
-    _log.error("unexpected error while answering", exc_info=error, extra=request.log_context())
+    _log.error("unexpected error while answering", exc_info=error)
     return refusal(500, "internal_error", "Something went wrong here; it has been logged.", request.request_id)
 
 

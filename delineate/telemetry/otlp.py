@@ -104,12 +104,12 @@ class _Sender(SpanExporter):
         self._endpoint = endpoint
         self._exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=ATTEMPT_SECONDS)
         self._failing = False
-        # Its loggers say why, and with every try: kept for our line, and shown at debug.
+        # Its loggers say why, and that with every try: kept for our line.
         self._reason = _FirstLine()
         for name in ("opentelemetry.exporter", "opentelemetry.sdk"):
             logger = logging.getLogger(name)
             logger.addHandler(self._reason)
-            logger.propagate = log.isEnabledFor(logging.DEBUG)
+            logger.propagate = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._reason.text = ""

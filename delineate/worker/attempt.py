@@ -18,6 +18,7 @@ from delineate.job import ErrorClass, Failure, JobStatus, Lease, RetryPolicy
 from delineate.queue import Queue
 from delineate.storage import Storage
 from delineate.telemetry import spans
+from delineate.telemetry.logs import job_fields, working_for
 from delineate.telemetry.metrics import (
     ATTEMPT_FAILURES,
     DOWNLOADS_ACTIVE,
@@ -45,7 +46,6 @@ class Attempt:
         self._upload = ArchiveUpload(lease, queue, storage)
         self._lost = False
         self._ending = False
-        self._context = {"jobId": lease.job.id, "userId": lease.job.user, "attempt": lease.job.attempts}
 
     def start(self, on_end: Callable[[Attempt], None]) -> None:
         self.task = asyncio.create_task(self._run(), name=f"job {self.lease.job.id}")
@@ -55,7 +55,7 @@ class Attempt:
         on_end(self)
         if not task.cancelled() and (error := task.exception()):
             # The job is still in this worker's list, where the next audit finds it.
-            log.error("a bug kept an attempt from being settled", exc_info=error, extra=self._extra())
+            log.error("a bug kept an attempt from being settled", exc_info=error, extra=_about(self.lease))
 
     def lose(self) -> None:
         """The lease is gone: stop, and change nothing more."""
@@ -65,13 +65,15 @@ class Attempt:
         self.task.cancel()
 
     async def _run(self) -> None:
+        job = self.lease.job
+        working_for(job.request_id, **job_fields(job), attempt=job.attempts)
         with spans.attempt(self.lease) as span:
             status = await self._attempt()
             span.set_attribute(spans.OUTCOME, status)
 
     async def _attempt(self) -> str:
         """How it ended: one of metrics.DOWNLOAD_STATUSES."""
-        self._log(logging.INFO, "job claimed")
+        log.info("job claimed")
         started = time.monotonic()
         status = "failed"  # also of a bug
         lost = False
@@ -94,7 +96,7 @@ class Attempt:
     async def _drop(self) -> None:
         # Every heartbeat reports the lease as lost until this attempt has ended; that must not cut the abort short.
         self._ending = True
-        self._log(logging.INFO, "job dropped: it was cancelled or taken over")
+        log.info("job dropped: it was cancelled or taken over")
         await self._upload.abort_if_unwanted()
 
     async def _pack_and_finish(self, started: float) -> str:
@@ -113,7 +115,7 @@ class Attempt:
             # One that nobody asked for is a bug too: taken for a drain's, it would hand the job back, for ever.
             if isinstance(error, asyncio.CancelledError) and self.task.cancelling():
                 raise
-            log.exception("a bug ended an attempt", extra=self._extra())
+            log.exception("a bug ended an attempt")
             spans.fail_attempt(error, "internal_error")
             await self._fail(InternalError(f"Something went wrong on our side ({type(error).__name__})."), started)
         else:
@@ -121,7 +123,7 @@ class Attempt:
                 await self._settle(lambda: queue.finish(lease, result))
             self._count(JobStatus.COMPLETED, started)
             seconds = round(time.monotonic() - started, 3)
-            self._log(logging.INFO, "job completed", size=result.size, seconds=seconds)
+            log.info("job completed", extra={"context": {"size": result.size, "seconds": seconds}})
             return "completed"
         return "failed"
 
@@ -135,40 +137,37 @@ class Attempt:
         # Advice belongs to the end: while we try again ourselves the user need not.
         message = str(error) if delay is not None else f"{error} {error.advice}".rstrip()
         failure = Failure(code=error.code, error_class=error_class, message=message)
-        cause = f"{error} {error.__cause__ or ''}".strip()
+        context: dict[str, object] = {"code": error.code, "cause": f"{error} {error.__cause__ or ''}".strip()}
         if delay is None:
-            self._log(logging.WARNING, "job failed", code=error.code, cause=cause)
+            log.warning("job failed", extra={"context": context})
             await self._settle(lambda: queue.bury(lease, failure))
             self._count(JobStatus.FAILED, started)
             ATTEMPT_FAILURES.labels(error_class.value, "final").inc()
         else:
-            self._log(logging.WARNING, "attempt failed", code=error.code, cause=cause, retryInSeconds=round(delay, 1))
+            context["retryInSeconds"] = round(delay, 1)
+            log.warning("attempt failed", extra={"context": context})
             await self._settle(lambda: queue.retry(lease, failure, delay))
             ATTEMPT_FAILURES.labels(error_class.value, "retried").inc()
 
     async def _settle(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have an outcome recorded, however long Redis is away. Raises LeaseLost."""
         self._ending = True
-        await until_recorded(
-            call, lambda error: self._log(logging.WARNING, "the outcome is not recorded yet", cause=str(error))
-        )
+        await until_recorded(call, lambda error: log.warning("the outcome is not recorded yet: %s", error))
 
     def _count(self, status: JobStatus, started: float) -> None:
         EXPORT_JOBS.labels(status).inc()
         EXPORT_JOB_DURATION.labels(status).observe(time.monotonic() - started)
 
-    def _extra(self, **more: object) -> dict[str, object]:
-        return {"context": {**self._context, **more}, "request_id": self.lease.job.request_id}
-
-    def _log(self, level: int, message: str, **more: object) -> None:
-        log.log(level, message, extra=self._extra(**more))
-
 
 async def hand_back(queue: Queue, lease: Lease) -> None:
     """Release a lease that this worker cannot serve to its end; without Redis, the others will find the job."""
-    extra = {"context": {"jobId": lease.job.id}, "request_id": lease.job.request_id}
     try:
         await queue.release(lease)
-        log.info("job handed back", extra=extra)
+        log.info("job handed back", extra=_about(lease))
     except (LeaseLost, QueueUnavailable) as error:
-        log.warning("job not handed back: %s", error, extra=extra)
+        log.warning("job not handed back: %s", error, extra=_about(lease))
+
+
+def _about(lease: Lease) -> dict[str, object]:
+    """For a record that is logged outside the attempt's own task."""
+    return {"context": job_fields(lease.job), "request_id": lease.job.request_id}

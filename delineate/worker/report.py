@@ -53,7 +53,7 @@ class Reporter:
                 return
             except QueueUnavailable as error:
                 # The newest value is sent when Redis is back, and Redis is not asked ten times a second meanwhile.
-                log.debug("%s", error, extra={"context": {"jobId": self._lease.job.id}})
+                log.debug("%s", error)
                 self._news.set()
                 wait = min(wait * 2, LONGEST_WAIT_SECONDS)
                 await asyncio.sleep(wait * random.uniform(0.5, 1))

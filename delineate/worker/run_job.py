@@ -61,10 +61,10 @@ async def run_job(job: Job, storage: Storage, config: Config, upload: ArchiveUpl
                     plans_left -= 1
                     if not plans_left:
                         raise
-                    log.info("planning anew: %s", error, extra={"context": {"jobId": job.id}})
+                    log.info("planning anew: %s", error)
                 except (StorageUnavailable, StorageTimeout):
                     away = True
-                    if not await _outlasted(storage, job, report):
+                    if not await _outlasted(storage, report):
                         raise
                     away = False
     except TimeoutError as error:
@@ -79,7 +79,7 @@ async def run_job(job: Job, storage: Storage, config: Config, upload: ArchiveUpl
         ) from error
 
 
-async def _outlasted(storage: Storage, job: Job, report: Report) -> bool:
+async def _outlasted(storage: Storage, report: Report) -> bool:
     """Wait until the store answers again; False if it answers at once, so that the fault was not an outage.
 
     Raises AccessRefused if that is its answer.
@@ -90,7 +90,7 @@ async def _outlasted(storage: Storage, job: Job, report: Report) -> bool:
             await storage.check()
         except (StorageUnavailable, StorageTimeout) as error:
             if not pauses:
-                log.warning("the job waits for the S3 store: %s", error, extra={"context": {"jobId": job.id}})
+                log.warning("the job waits for the S3 store: %s", error)
             report(waiting_for_store())
             await asyncio.sleep(min(5.0, 0.5 * 2**pauses) * random.uniform(0.5, 1))
             pauses += 1

@@ -36,7 +36,6 @@ class ArchiveUpload:
         self._storage = storage
         self._known = lease.job.upload
         self._current: Upload | None = None
-        self._context = {"jobId": lease.job.id}
 
     async def open(self, plan: ArchivePlan, result: ArchiveResult) -> dict[int, PartReceipt] | None:
         """Continue the job's upload if it fits the plan, else begin one; the parts that need not be sent.
@@ -56,7 +55,7 @@ class ArchiveUpload:
                     if 1 <= part.number <= plan.part_count
                     and sizes.get((part.number, _bare(part.etag))) == plan.part_size(part.number)
                 }
-                context = {**self._context, "partsKept": len(done), "parts": plan.part_count}
+                context = {"partsKept": len(done), "parts": plan.part_count}
                 log.info("continuing an upload", extra={"context": context})
                 PARTS_RESUMED.inc(len(done))
                 return done
@@ -73,7 +72,7 @@ class ArchiveUpload:
         current = self._opened()
         etag = await self._storage.put_part(current.key, current.upload_id, number, body)
         PARTS_UPLOADED.inc()
-        log.debug("part stored", extra={"context": {**self._context, "uploadId": current.upload_id, "part": number}})
+        log.debug("part stored", extra={"context": {"uploadId": current.upload_id, "part": number}})
         return etag
 
     async def save(self, receipt: PartReceipt) -> None:
@@ -83,7 +82,7 @@ class ArchiveUpload:
                 self._lease, SavedPart(number=receipt.number, etag=receipt.etag, crcs=receipt.crcs)
             )
         except QueueUnavailable as error:
-            log.debug("a part is not recorded: %s", error, extra={"context": self._context})
+            log.debug("a part is not recorded: %s", error)
 
     async def complete(self, receipts: list[PartReceipt], size: int) -> None:
         current = self._opened()
@@ -106,7 +105,7 @@ class ArchiveUpload:
                 if job is None or job.status.is_final or job.upload != current:
                     await self._storage.abort_upload(current.key, current.upload_id)
         except (JobError, QueueUnavailable, TimeoutError) as error:
-            log.warning("an upload may be left over: %s", error, extra={"context": self._context})
+            log.warning("an upload may be left over: %s", error)
 
     def _opened(self) -> Upload:
         if self._current is None:
@@ -117,14 +116,14 @@ class ArchiveUpload:
         try:
             return await self._queue.saved_parts(self._lease.job.id)
         except QueueUnavailable as error:
-            log.warning("every part is sent again: %s", error, extra={"context": self._context})
+            log.warning("every part is sent again: %s", error)
             return []
 
     async def _record(self, upload: Upload) -> None:
         """However long Redis is away: an upload that nobody remembers would never be aborted."""
         await until_recorded(
             lambda: self._queue.begin_upload(self._lease, upload),
-            lambda error: log.warning("an upload is not recorded yet: %s", error, extra={"context": self._context}),
+            lambda error: log.warning("an upload is not recorded yet: %s", error),
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import pytest
@@ -16,6 +20,7 @@ from delineate.api.handler import Answer, Request, Route
 from delineate.api.routing import Table
 from delineate.config import Config
 from delineate.errors import ConfigError
+from delineate.telemetry.logs import JsonFormatter
 from tests.api.running import RunningApi, changed, running_api
 from tests.api.test_validation import check_error
 
@@ -115,19 +120,36 @@ async def test_connection_is_kept_and_pipelined_requests_are_answered_in_order(c
         assert b"HTTP/1.1 404 Not Found" in answer
 
 
-async def test_bug_is_500_without_a_trace_and_is_logged(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+async def test_bug_is_500_without_a_trace_and_is_logged(config: Config) -> None:
     async def broken(_: Request) -> NoReturn:
         raise ZeroDivisionError("the secret reason")
 
     async with running_api(config) as running:
         add_route(running, Route("GET", BREAKS, broken))
-        reply = await running.fetch("GET", BREAKS)
+        with logged() as lines:
+            reply = await running.fetch("GET", f"{BREAKS}?signature=secret")
         assert (reply.status, reply.json["code"]) == (500, "internal_error")
         check_error(reply.json, "Internal Server Error")
         assert "secret" not in reply.text
-    record = next(record for record in caplog.records if record.levelname == "ERROR")
-    assert record.exc_info is not None
-    assert record.request_id == reply.headers["X-Request-ID"]  # type: ignore[attr-defined]
+    (line,) = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert (line["level"], line["error"]["type"]) == ("error", "ZeroDivisionError")
+    assert "in broken" in line["error"]["stack"]
+    assert line["requestId"] == reply.headers["X-Request-ID"]
+    assert line["context"] == {"method": "GET", "path": BREAKS}
+
+
+@contextmanager
+def logged() -> Iterator[io.StringIO]:
+    """What the API writes into its log meanwhile."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonFormatter("delineate-api"))
+    log = logging.getLogger("delineate")
+    log.addHandler(handler)
+    try:
+        yield written
+    finally:
+        log.removeHandler(handler)
 
 
 async def test_request_that_takes_too_long_is_504(config: Config) -> None:

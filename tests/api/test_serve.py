@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -123,8 +124,8 @@ async def test_a_redis_that_comes_later_is_looked_at_as_well(config: Config, tmp
         finally:
             await asyncio.to_thread(redis.stop)
         assert process.returncode == 2
-        line = output.decode().splitlines()[-1]
-        assert line.startswith("delineate api: queue.durability is always, but this Redis has appendfsync everysec;")
+        message = json.loads(output.decode().splitlines()[-1])["message"]
+        assert message.startswith("queue.durability is always, but this Redis has appendfsync everysec;")
 
 
 async def test_processes_of_delineate_share_a_port(config: Config) -> None:
@@ -252,12 +253,11 @@ async def test_port_of_another_program_ends_with_one_line(config: Config) -> Non
             # Tornado forgets to close the socket that it could not bind; Python only warns of it if told to.
             env=environment(config, port, PYTHONWARNINGS=""),
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
-        _, errors = await asyncio.wait_for(process.communicate(), 15)
+        said, _ = await asyncio.wait_for(process.communicate(), 15)
     assert process.returncode == 2
-    assert errors.decode().count("\n") == 1
-    assert f"api.port {port}" in errors.decode()
+    assert f"api.port {port}" in json.loads(said)["message"]
 
 
 async def test_processes_of_a_container_count_together(config: Config, tmp_path: Path) -> None:
@@ -277,8 +277,8 @@ async def test_half_shared_metrics_end_with_one_line(config: Config, tmp_path: P
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "delineate", "api"),
         env=environment(config, free_port(), DELINEATE__TELEMETRY__METRICS_DIR=str(tmp_path)),
-        stderr=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
-    _, errors = await asyncio.wait_for(process.communicate(), 15)
+    said, _ = await asyncio.wait_for(process.communicate(), 15)
     assert process.returncode == 2
-    assert b"PROMETHEUS_MULTIPROC_DIR" in errors
+    assert "PROMETHEUS_MULTIPROC_DIR" in json.loads(said)["message"]

@@ -67,10 +67,10 @@ def test_everything_runs_as_nobody_special(app: App) -> None:
     processes = [line.split(" ", 1) for line in app.exec("sh", "-c", script).splitlines() if line.strip()]
     assert {uid for uid, command in processes if command.strip()} == {"10001"}
     commands = " ".join(command for _, command in processes)
-    for program in ("supervisord", "nginx: master", "delineate api", "delineate worker", "delineate.gatekeeper"):
+    for program in ("supervisord", "nginx: master", "delineate api", "delineate worker"):
         assert program in commands
     first = app.exec("sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline")
-    assert "-m supervisor.supervisord --configuration /app/supervisord.conf" in first
+    assert "-m delineate.supervisord --configuration /app/supervisord.conf" in first
 
 
 def test_no_secret_is_in_a_command_line_or_log(app: App) -> None:
@@ -143,7 +143,7 @@ def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) 
     app = make_app(env={"DELINEATE__STORAGE__SECRET_ACCESS_KEY": "wrong-secret"}, healthy=False)
     wait_until(lambda: not app.running, "the container's end", 120)
     assert app.exit_code == 1
-    assert "did not stay up; everything stopped" in app.logs()
+    assert "did not stay up; everything stops" in app.logs()
     assert "refused access" in app.logs()
 
 

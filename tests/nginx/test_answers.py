@@ -365,7 +365,7 @@ async def test_log_has_one_object_for_each_request(front: Door, api: Api) -> Non
     }
     await front.raw(get("/metrics", "X-Request-ID: not-passed-on"))
     alone = front.logged("not-passed-on")
-    assert alone["level"] == "warn"
+    assert alone["level"] == "warning"
     assert (alone["context"]["upstreamStatus"], alone["context"]["upstreamSeconds"]) == (None, None)
 
 

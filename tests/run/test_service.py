@@ -89,7 +89,7 @@ def test_supervisorctl_works_from_the_checkout_without_any_variable(service: Up,
         assert done.stderr == ""
         return {name: state for name, state, *_ in map(str.split, done.stdout.splitlines())}
 
-    programs = ("api:api_00", "api:api_01", "worker:worker_00", "worker:worker_01", "gatekeeper", "redis", "s3")
+    programs = ("api:api_00", "api:api_01", "worker:worker_00", "worker:worker_01", "redis", "s3")
     wait_until(lambda: states() == dict.fromkeys(programs, "RUNNING"), "RUNNING of every program")
 
 
@@ -102,6 +102,22 @@ def test_restarted_workers_lose_no_job(service: Up) -> None:
     jobs += [service.post(everything) for _ in range(5)]
     sizes = {service.completed(job)["size"] for job in jobs}
     assert len(sizes) == 1
+
+
+def test_the_log_level_is_two_signals_that_end_nobody(service: Up) -> None:
+    def pids() -> list[int]:
+        return [int(pid) for pid in service.supervisorctl("pid", "all").split()]
+
+    before = pids()
+    for number, level in (("USR1", "DEBUG"), ("USR2", "INFO")):
+        assert service.supervisorctl("signal", number, "all").count("signalled") == 6
+        says = re.compile(rf"{level} +(api|worker) +the log level is {level.lower()}$", re.MULTILINE)
+        wait_until(lambda says=says: len(says.findall(service.log.read_text())) == 4, f"level {level}")  # type: ignore[misc]
+    assert pids() == before
+    service.supervisorctl("signal", "USR1", "api:*")
+    service.get("/v1/exports?limit=1")
+    wait_until(lambda: "answered  method=GET  path=/v1/exports  status=200" in service.log.read_text(), "a line")
+    service.supervisorctl("signal", "USR2", "api:*")
 
 
 def test_killed_process_is_started_again(service: Up) -> None:

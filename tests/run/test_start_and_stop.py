@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -185,7 +186,7 @@ def test_stop_in_the_middle_of_a_job_takes_seconds_and_the_job_goes_on(make_up: 
 def test_all_ends_when_supervisord_is_killed(make_up: MakeUp) -> None:
     up = make_up()
     up.start()
-    (supervisord,) = (pid for pid, words in up.processes().items() if "supervisor.supervisord" in words)
+    (supervisord,) = (pid for pid, words in up.processes().items() if "delineate.supervisord" in words)
     os.kill(supervisord, signal.SIGKILL)
     assert up.process is not None
     assert up.process.wait(10) == 1
@@ -194,13 +195,24 @@ def test_all_ends_when_supervisord_is_killed(make_up: MakeUp) -> None:
 
 
 def test_program_that_does_not_stay_up_ends_all_with_an_error(make_up: MakeUp) -> None:
-    up = make_up(DELINEATE_API_PROCESSES="1", DELINEATE_WORKER_PROCESSES="1")
+    up = make_up(DELINEATE_API_PROCESSES="1", DELINEATE_WORKER_PROCESSES="1", DELINEATE__LOG__FORMAT="json")
     (up.home / "redis" / "appendonlydir").mkdir(parents=True)
     (up.home / "redis" / "appendonlydir" / "appendonly.aof.manifest").write_text("not a manifest\n")
     process = up.launch()
     assert process.wait(40) == 1
     assert up.processes() == {}
-    assert "redis did not stay up" in up.log.read_text()
+    lines = [json.loads(line) for line in up.log.read_text().splitlines() if line.startswith("{")]
+    serious = [line for line in lines if line["level"] in ("error", "critical")]
+    assert {line["service"] for line in serious} == {"delineate-supervisord"}
+    assert [line["message"] for line in serious] == [
+        "redis did not stay up; everything stops",
+        "gave up: redis entered FATAL state, too many start retries too quickly",
+    ]
+    of_redis = [line["context"] for line in lines if line["context"].get("program") == "redis" and line not in serious]
+    starts = [context["pid"] for context in of_redis if "exitStatus" not in context]
+    ends = [context["pid"] for context in of_redis if context.get("exitStatus") == 1]
+    assert len(ends) == len(set(ends)) >= 4
+    assert set(starts) == set(ends)
 
 
 def test_a_folder_that_is_not_a_home_is_refused_and_left_alone(tmp_path: Path) -> None:
