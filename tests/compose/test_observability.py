@@ -18,12 +18,12 @@ def load(name: str) -> Any:
 
 
 def test_promtool_accepts_the_configuration() -> None:
-    promtool_check("config", str(CONF / "prometheus.yml"))
+    promtool_check("config", str(CONF / "prometheus/prometheus.yml"))
 
 
 def test_every_target_is_a_service_of_the_stack(stack: Stack) -> None:
     known = {name for store in ("seaweedfs", "minio") for name in services(stack.compose(PRODUCTION, store))}
-    jobs = load("prometheus.yml")["scrape_configs"]
+    jobs = load("prometheus/prometheus.yml")["scrape_configs"]
     named = {name for job in jobs for found in job.get("dns_sd_configs", ()) for name in found["names"]}
     groups = [group for job in jobs for group in job.get("static_configs", ())]
     fixed = {target.partition(":")[0] for group in groups for target in group["targets"]}
@@ -32,7 +32,7 @@ def test_every_target_is_a_service_of_the_stack(stack: Stack) -> None:
 
 
 def test_metrics_are_kept_for_15_days_and_asked_every_15_seconds(stack: Stack) -> None:
-    assert load("prometheus.yml")["global"]["scrape_interval"] == "15s"
+    assert load("prometheus/prometheus.yml")["global"]["scrape_interval"] == "15s"
     assert "--storage.tsdb.retention.time=15d" in services(stack.compose(PRODUCTION, ""))["prometheus"]["command"]
 
 
