@@ -67,7 +67,7 @@ def test_overlays_load_and_use_known_keys_only(environment: str) -> None:
 
 
 def test_every_yml_in_conf_is_base_or_an_overlay() -> None:
-    of_other_programs = {"prometheus", "loki"}  # compose.yml gives them theirs
+    of_other_programs = {"loki"}  # compose.yml gives it this
     assert {file.stem for file in CONF.glob("*.yml")} == {"base", *ENVIRONMENTS} | of_other_programs
 
 

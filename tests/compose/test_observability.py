@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.compose.stack import PRODUCTION, ROOT, Stack, services
+from tests.compose.stack import PRODUCTION, ROOT, Stack, make_checkout, services
 from tests.promtool import promtool_check
 
 CONF = ROOT / "conf"
@@ -18,12 +19,50 @@ def load(name: str) -> Any:
 
 
 def test_promtool_accepts_the_configuration() -> None:
-    promtool_check("config", str(CONF / "prometheus.yml"))
+    promtool_check("config", str(CONF / "prometheus/prometheus.yml"))
+
+
+def test_every_file_is_where_the_configuration_looks_for_it(stack: Stack) -> None:
+    mounted = {one["target"] for one in services(stack.compose(PRODUCTION, ""))["prometheus"]["configs"]}
+    files = ["prometheus.yml", *load("prometheus/prometheus.yml")["rule_files"]]
+    assert mounted == {f"/etc/prometheus/{name}" for name in files}
+    assert sorted(files) == sorted(file.name for file in (CONF / "prometheus").iterdir())
+
+
+def test_the_alertmanager_of_the_runbook_is_found_by_prometheus(stack: Stack, tmp_path: Path) -> None:
+    del stack  # skips where there is no Docker
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "runbook.md").read_text(), re.DOTALL)
+    service, settings = (yaml.safe_load(block) for block in blocks)
+    checkout = make_checkout(tmp_path / "delineate")
+    (checkout / "compose.local.yml").write_text(blocks[0])
+    (checkout / "alertmanager.yml").write_text(blocks[1])
+    made = services(Stack(checkout).compose((*PRODUCTION, "compose.local.yml"), "seaweedfs"))["alertmanager"]
+    assert "backend" in made["networks"]
+    assert made["configs"][0]["target"] in made["command"][0]
+    assert settings["global"]["smtp_auth_password_file"] == f"/run/secrets/{made['secrets'][0]['source']}"
+    (found,) = load("prometheus/prometheus.yml")["alerting"]["alertmanagers"][0]["dns_sd_configs"]
+    assert found["names"] == list(service["services"])
+
+
+def test_the_alert_about_nginx_is_about_the_one_in_front(stack: Stack) -> None:
+    found = re.search(r'nginx_up\{addr=~"([^"]+)"', (CONF / "prometheus" / "alerts.yml").read_text())
+    assert found
+    command = services(stack.compose(PRODUCTION, ""))["nginx-exporter"]["command"]
+    asked = [word.removeprefix("--nginx.scrape-uri=") for word in command]
+    assert [address for address in asked if re.fullmatch(found[1], address)] == ["http://nginx:8081/nginx_status"]
+
+
+def test_every_machine_is_watched_without_privileges(stack: Stack) -> None:
+    exporter = services(stack.swarm(("compose.yml",)))["node-exporter"]
+    assert exporter["deploy"]["mode"] == "global"
+    assert exporter["deploy"]["endpoint_mode"] == "dnsrr"  # or its name would lead to one of them
+    assert exporter["user"] == "65534:65534"
+    assert [volume["read_only"] for volume in exporter["volumes"]] == [True]
 
 
 def test_every_target_is_a_service_of_the_stack(stack: Stack) -> None:
     known = {name for store in ("seaweedfs", "minio") for name in services(stack.compose(PRODUCTION, store))}
-    jobs = load("prometheus.yml")["scrape_configs"]
+    jobs = load("prometheus/prometheus.yml")["scrape_configs"]
     named = {name for job in jobs for found in job.get("dns_sd_configs", ()) for name in found["names"]}
     groups = [group for job in jobs for group in job.get("static_configs", ())]
     fixed = {target.partition(":")[0] for group in groups for target in group["targets"]}
@@ -32,7 +71,7 @@ def test_every_target_is_a_service_of_the_stack(stack: Stack) -> None:
 
 
 def test_metrics_are_kept_for_15_days_and_asked_every_15_seconds(stack: Stack) -> None:
-    assert load("prometheus.yml")["global"]["scrape_interval"] == "15s"
+    assert load("prometheus/prometheus.yml")["global"]["scrape_interval"] == "15s"
     assert "--storage.tsdb.retention.time=15d" in services(stack.compose(PRODUCTION, ""))["prometheus"]["command"]
 
 

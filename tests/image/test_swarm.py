@@ -28,6 +28,7 @@ POSTS_PER_SECOND, STREAMS, POLLERS = 5, 20, 4
 SETTLE_SECONDS = 120
 # What has no part in this, and whose images cannot be pulled everywhere.
 ABSENT = ("prometheus", "loki", "grafana", "redis-exporter", "nginx-exporter", "jaeger")
+GLOBAL = ("alloy", "node-exporter")
 
 
 class Swarm(Checkout):
@@ -39,7 +40,9 @@ class Swarm(Checkout):
         services = standins["services"]
         services |= {name: {"deploy": {"replicas": 0}} for name in ABSENT}
         # One for each machine that fits, which is none.
-        services["alloy"] = {"deploy": {"placement": {"constraints": ["node.labels.delineate.none == true"]}}}
+        services |= {
+            name: {"deploy": {"placement": {"constraints": ["node.labels.delineate.none == true"]}}} for name in GLOBAL
+        }
         services["buckets"] = {"deploy": {"restart_policy": {"delay": "1s"}}}
         standins["version"] = "3.13"
         (self.folder / "standins.yml").write_text(yaml.safe_dump(standins))
