@@ -20,11 +20,12 @@ from delineate.telemetry.logs import set_up_logs
 
 _log = logging.getLogger("delineate.supervisord")  # this module's name is __main__
 
-# Where supervisord's own level says less than the event does, or more: every stop is asked for by a signal, and orphans
-# are the first process's to reap.
+# Where supervisord's own level says less than the event does, or more: what stopped was told to, whatever it made of
+# that, every stop is asked for by a signal, and orphans are the first process's to reap.
 _LEVELS = (
     ("spawnerr:", logging.ERROR),
     ("gave up:", logging.ERROR),
+    ("stopped:", logging.INFO),
     ("received SIGTERM", logging.INFO),
     ("reaped unknown pid", logging.DEBUG),
 )
