@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format lock env clean tools
+.PHONY: help run test soak check format lock dashboards pictures env clean tools
 
 help:
 	@echo 'make run     start everything on this machine (DELINEATE_PORT=3000, DELINEATE_HOME=.delineate)'
@@ -14,6 +14,8 @@ help:
 	@echo 'make check   lint, formatting, types, import rules'
 	@echo 'make format  format the code'
 	@echo 'make lock    take the newest versions of what the service depends on into requirements.lock'
+	@echo 'make dashboards  write dashboards/*.json anew, after their Python was edited'
+	@echo 'make pictures    draw the dashboards for docs/images from a service under load'
 	@echo 'make env     write .env and secrets/ for docker compose and swarm; what exists stays'
 	@echo 'make clean   remove .venv and caches; the data in .delineate stays'
 
@@ -53,6 +55,13 @@ lock: .venv/bin/python
 	  .venv-lock/bin/uv --no-config pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	  --default-index https://pypi.org/simple --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
 
+dashboards: .venv/.dev
+	@$(PY) -m dashboards
+
+pictures: .venv/.dev
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[pictures]'
+	@$(PY) -m tests.dashboards.pictures
+
 clean:
 	@rm -rf .venv .venv-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -91,6 +100,7 @@ TOOLS := unzip:unzip 7z:p7zip-full bsdtar:libarchive-tools curl:curl
 # not started at once (https://people.debian.org/~hmh/invokerc.d-policyrc.d-specification.txt), but with the machine.
 ifeq ($(CI),true)
 TOOLS += haproxy:haproxy caddy:caddy nginx:nginx promtool:prometheus
+TOOLS += $(foreach name,node redis nginx,prometheus-$(name)-exporter:prometheus-$(name)-exporter)
 endif
 tools:
 	@missing=; packages=; PATH="$$PATH:/usr/sbin"; \

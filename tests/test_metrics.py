@@ -67,7 +67,8 @@ def test_a_killed_process_leaves_its_counts_and_no_gauges(tmp_path: Path) -> Non
     assert values(text, "active_sse_connections") == {"": 2}
     assert values(text, "export_jobs_total")['status="completed"'] == 2
     assert values(text, "export_job_wait_seconds_count") == {"": 2}
-    assert values(text, "process_resident_memory_bytes").keys() == {f'pid="{pid}",role="worker"'}
+    for name in ("process_resident_memory_bytes", "process_disk_read_bytes_total", "process_disk_written_bytes_total"):
+        assert values(text, name).keys() == {f'pid="{pid}",role="worker"'}
     assert len(values(text, "delineate_build_info")) == 1
 
 
@@ -178,3 +179,19 @@ def test_what_is_not_known_is_missing_and_not_old() -> None:
     text = render_metrics(load_config({}).telemetry, Look({"redis": False}, None)).decode()
     assert values(text, "dependency_up") == {'dependency="redis"': 0}
     assert "export_queue" not in text
+
+
+def test_disk_bytes_that_the_kernel_keeps_to_itself_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_text = Path.read_text
+
+    def refused(file: Path, *_: object) -> str:
+        if file.name == "io":
+            raise PermissionError(13, "Permission denied")
+        return read_text(file)
+
+    # Root is refused nothing.
+    monkeypatch.setattr(Path, "read_text", refused)
+    text = render_metrics(TelemetryConfig(metrics_dir=""), None).decode()
+    assert values(text, "process_open_fds")
+    assert not values(text, "process_disk_read_bytes_total")
+    assert not values(text, "process_disk_written_bytes_total")

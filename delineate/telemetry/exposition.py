@@ -113,6 +113,11 @@ def _boot_time() -> float:
 
 _BOOTED = _boot_time()
 
+_COUNTERS: list[tuple[str, str, Callable[[Usage], float | None]]] = [
+    ("process_cpu_seconds", "CPU time of a process.", lambda used: used.cpu_seconds),
+    ("process_disk_read_bytes", "Bytes that a disk read for a process.", lambda used: used.disk_read_bytes),
+    ("process_disk_written_bytes", "Bytes that a disk wrote for a process.", lambda used: used.disk_written_bytes),
+]
 _GAUGES: list[tuple[str, str, Callable[[Usage], float]]] = [
     ("process_resident_memory_bytes", "Resident memory of a process.", lambda used: used.resident_bytes),
     ("process_open_fds", "Open file descriptors of a process.", lambda used: used.open_files),
@@ -132,10 +137,12 @@ def _of_processes(processes: list[Process]) -> Iterator[Metric]:
     yield build
     labels_of = {process.pid: [process.role, str(process.pid)] for process in processes}
     used = {pid: found for pid in labels_of if (found := usage(pid)) is not None}
-    cpu = CounterMetricFamily("process_cpu_seconds", "CPU time of a process.", labels=["role", "pid"])
-    for pid, found in used.items():
-        cpu.add_metric(labels_of[pid], found.cpu_seconds)
-    yield cpu
+    for name, documentation, counted in _COUNTERS:
+        counter = CounterMetricFamily(name, documentation, labels=["role", "pid"])
+        for pid, found in used.items():
+            if (amount := counted(found)) is not None:
+                counter.add_metric(labels_of[pid], amount)
+        yield counter
     for name, documentation, value in _GAUGES:
         gauge = GaugeMetricFamily(name, documentation, labels=["role", "pid"])
         for pid, found in used.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,26 @@ def test_grafana_asks_for_a_password(stack: Stack) -> None:
     assert (environment["GF_AUTH_ANONYMOUS_ENABLED"], environment["GF_USERS_ALLOW_SIGN_UP"]) == ("false", "false")
 
 
-def test_dashboards_come_from_the_folder_that_is_mounted(stack: Stack) -> None:
+def test_dashboards_reach_every_machine(stack: Stack) -> None:
+    """As configs, which swarm brings along; a folder of the checkout would stay where it is."""
     (provider,) = load("grafana/provisioning/dashboards/delineate.yml")["providers"]
-    mounts = {
-        volume["target"]: volume["source"]
-        for volume in services(stack.compose(PRODUCTION, ""))["grafana"]["volumes"]
-        if volume["type"] == "bind"
+    rendered = stack.swarm(("compose.yml",))
+    sources = {config["target"]: config["source"] for config in rendered["services"]["grafana"]["configs"]}
+    folder = provider["options"]["path"]
+    for file in (ROOT / "dashboards").glob("*.json"):
+        config = rendered["configs"][sources[f"{folder}/{file.name}"]]
+        assert config["file"].endswith(f"/dashboards/{file.name}")
+        assert config["name"].endswith("_1")  # DELINEATE_CONFIG_VERSION
+        assert file.stat().st_size < 500_000  # swarm takes no more
+
+
+def test_grafana_leads_from_a_span_to_its_lines_and_numbers() -> None:
+    sources = {
+        each["uid"]: each["jsonData"] for each in load("grafana/provisioning/datasources/delineate.yml")["datasources"]
     }
-    assert mounts[provider["options"]["path"]].endswith("/dashboards")
+    lines, numbers = sources["jaeger"]["tracesToLogsV2"], sources["jaeger"]["tracesToMetrics"]
+    assert (lines["datasourceUid"], numbers["datasourceUid"]) == ("loki", "prometheus")
+    # Grafana expands variables of the environment in this file; two dollars are one of its own.
+    assert lines["query"].count("$${__trace.traceId}") == 1
+    assert all("$$__tags" in each["query"] for each in numbers["queries"])
+    assert "$" not in json.dumps(sources).replace("$$", "")
