@@ -45,7 +45,7 @@ def build() -> Dashboard:
     _processes(board)
     _redis(board)
     _store(board)
-    _nginx(board)
+    _nginx_and_traces(board)
     return board
 
 
@@ -598,8 +598,8 @@ def _store(board: Dashboard) -> None:
     )
 
 
-def _nginx(board: Dashboard) -> None:
-    board.with_row(row("nginx"))
+def _nginx_and_traces(board: Dashboard) -> None:
+    board.with_row(row("nginx and traces"))
     board.with_panel(
         lines(
             "Connections of nginx",
@@ -612,7 +612,7 @@ def _nginx(board: Dashboard) -> None:
             Query("sum(nginx_connections_writing)", "writing"),
             Query("sum(nginx_connections_waiting)", "waiting"),
             unit="short",
-            width=12,
+            width=8,
             logs=NGINX_LOGS,
         )
     )
@@ -627,7 +627,21 @@ def _nginx(board: Dashboard) -> None:
             ),
             Query("sum(rate(nginx_http_requests_total[$__rate_interval]))", "requests"),
             unit="reqps",
-            width=12,
+            width=8,
             logs=NGINX_LOGS,
+        )
+    )
+    board.with_panel(
+        lines(
+            "Spans of traces",
+            About(
+                "Spans that processes hand to the collector in a second.",
+                "sent as long as there is work, and nothing if telemetry.traces.endpoint is not set.",
+                "lost: the collector (Jaeger) is away or refuses them; traces have holes until it is back.",
+            ),
+            Query('sum by (outcome) (rate(trace_spans_total{instance=~"$instance"}[$__rate_interval]))', "{{outcome}}"),
+            unit="ops",
+            colors={"sent": "green", "lost": "red"},
+            width=8,
         )
     )

@@ -190,8 +190,9 @@ def test_disk_bytes_that_the_kernel_keeps_to_itself_are_left_out(monkeypatch: py
         return read_text(file)
 
     # Root is refused nothing.
+    telemetry = load_config({}).telemetry
     monkeypatch.setattr(Path, "read_text", refused)
-    text = render_metrics(TelemetryConfig(metrics_dir=""), None).decode()
+    text = render_metrics(telemetry, None).decode()
     assert values(text, "process_open_fds")
     assert not values(text, "process_disk_read_bytes_total")
     assert not values(text, "process_disk_written_bytes_total")

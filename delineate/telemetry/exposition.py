@@ -6,7 +6,6 @@ queue's gauges are missing rather than old, and `dependency_up` says why.
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -103,16 +102,6 @@ def _of_dependencies(dependencies: dict[str, bool]) -> Iterator[Metric]:
     yield up
 
 
-def _boot_time() -> float:
-    with suppress(OSError):
-        for line in Path("/proc/stat").read_text().splitlines():
-            if line.startswith("btime "):
-                return float(line.split()[1])
-    return 0.0
-
-
-_BOOTED = _boot_time()
-
 _COUNTERS: list[tuple[str, str, Callable[[Usage], float | None]]] = [
     ("process_cpu_seconds", "CPU time of a process.", lambda used: used.cpu_seconds),
     ("process_disk_read_bytes", "Bytes that a disk read for a process.", lambda used: used.disk_read_bytes),
@@ -121,11 +110,6 @@ _COUNTERS: list[tuple[str, str, Callable[[Usage], float | None]]] = [
 _GAUGES: list[tuple[str, str, Callable[[Usage], float]]] = [
     ("process_resident_memory_bytes", "Resident memory of a process.", lambda used: used.resident_bytes),
     ("process_open_fds", "Open file descriptors of a process.", lambda used: used.open_files),
-    (
-        "process_start_time_seconds",
-        "When a process was started, Unix time.",
-        lambda used: _BOOTED + used.started / os.sysconf("SC_CLK_TCK"),
-    ),
 ]
 
 
@@ -148,6 +132,13 @@ def _of_processes(processes: list[Process]) -> Iterator[Metric]:
         for pid, found in used.items():
             gauge.add_metric(labels_of[pid], value(found))
         yield gauge
+    began = GaugeMetricFamily(
+        "process_start_time_seconds", "When a process was started, Unix time.", labels=["role", "pid"]
+    )
+    for process in processes:
+        if process.pid in used:
+            began.add_metric(labels_of[process.pid], process.began)
+    yield began
     most = GaugeMetricFamily("process_max_fds", "Most file descriptors a process may open.", labels=["role", "pid"])
     for pid in used:
         with suppress(OSError):

@@ -42,13 +42,18 @@ _JOURNAL = "merged.json"
 
 
 class Process(msgspec.Struct, frozen=True):
-    """`started` is the clock ticks from boot to its start, which tells it from a later process with its pid."""
+    """`started` is the clock ticks from boot to its start, which tells it from a later process with its pid.
+
+    `began` is the same in Unix time, as it said itself: each who works it out from the ticks
+    gets another time when the clock is set, which would look like a new process.
+    """
 
     pid: int
     role: str
     version: str
     python: str
     started: int
+    began: float
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -108,7 +113,9 @@ def living(folder: Path) -> Iterator[list[Process]]:
 
 def this_process(role: str) -> Process:
     found = usage(os.getpid())
-    return Process(os.getpid(), role, __version__, platform.python_version(), found.started if found else 0)
+    started = found.started if found else 0
+    began = _boot_time() + started / os.sysconf("SC_CLK_TCK")
+    return Process(os.getpid(), role, __version__, platform.python_version(), started, began)
 
 
 def usage(pid: int) -> Usage | None:
@@ -133,6 +140,14 @@ def usage(pid: int) -> Usage | None:
         disk_read_bytes=moved.get("read_bytes"),
         disk_written_bytes=moved.get("write_bytes"),
     )
+
+
+def _boot_time() -> float:
+    with suppress(OSError):
+        for line in Path("/proc/stat").read_text().splitlines():
+            if line.startswith("btime "):
+                return float(line.split()[1])
+    return 0.0
 
 
 def _disk_bytes(pid: int) -> dict[str, int]:

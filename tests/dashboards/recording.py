@@ -24,6 +24,7 @@ import yaml
 
 from delineate.config import Config, load_config
 from delineate.embedded import redis_command, s3_command, s3_environment
+from tests.collector import collecting
 from tests.compose.stack import ROOT
 from tests.conftest import CONF
 from tests.dashboards.traffic import FILES, Pace, Traffic
@@ -72,12 +73,17 @@ def recording(folder: Path, pace: Pace) -> Iterator[Recording]:
 
         async def watched() -> Recording:
             """In threads what blocks: the proxy has to answer meanwhile."""
-            async with FaultyProxy(s3_port) as proxy, contextlib.AsyncExitStack() as service:
+            async with (
+                FaultyProxy(s3_port) as proxy,
+                collecting() as collector,
+                contextlib.AsyncExitStack() as service,
+            ):
                 for server in servers:
                     await asyncio.to_thread(server.start)
                     service.push_async_callback(asyncio.to_thread, server.stop)
                 given = _config(redis_port, proxy.port)
-                serve = await asyncio.to_thread(Serve, given, folder / "home", **pace.environ)
+                traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+                serve = await asyncio.to_thread(Serve, given, folder / "home", **pace.environ, **traced)
                 service.push_async_callback(asyncio.to_thread, end, serve.process)
                 status = f"nginx.scrape-uri=http://127.0.0.1:{serve.internal_port}/nginx_status"
                 nginx = exporter("prometheus-nginx-exporter", exporters["nginx"], folder, status)

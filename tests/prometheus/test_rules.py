@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from delineate.api.app import ROUTES
-from delineate.config import load_config, load_config
+from delineate.config import load_config
 from delineate.telemetry.exposition import Look, QueueLook, render_metrics
 from delineate.telemetry.metrics import expect_requests
 from tests.promtool import promtool_check, promtool_test_rules
