@@ -25,9 +25,9 @@ run: .venv/.run
 # Tests of one file stay together, and files in the order of tests/conftest.py.
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 
-# Four at a time on however few cores: many tests wait for servers to die and come back.
+# Three at a time on two cores, because tests wait for servers to die and come back; more would be late for each other.
 test: .venv/.dev tools
-	@$(PYTEST) -n 4 --ignore tests/image $(PYTEST_ARGS)
+	@$(PYTEST) -n 3 --ignore tests/image $(PYTEST_ARGS)
 
 # Two at a time: each runs a stack of its own. Whoever asks for these wants them: without an engine they fail.
 test-image: .venv/.dev
