@@ -81,6 +81,7 @@ async def test_three_jobs_of_two_gigabytes_stay_under_250_megabytes(
         finally:
             process.terminate()
             process.wait(10)
+    print(f"the worker had {peak} KB at most")
     assert peak < MAX_RSS_KB, f"{peak} KB"
     result = ended[0].result
     assert result is not None
