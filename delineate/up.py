@@ -181,18 +181,19 @@ class _Run:
                 await self._seed()
             except JobError as error:
                 raise StartupError(f"no sample files, stopped again: {error} ({error.__cause__})") from error
-        answer = "no answer"
         while time.monotonic() < started + START_SECONDS:
             # Each process first: /health of one remembers for a second what was missing when another's is fine.
-            if missing := self._not_ready():
-                answer = f"nothing, {', '.join(missing)} not being ready"
-            else:
-                healthy, answer = await asyncio.to_thread(_health, self._config)
+            if not self._not_ready():
+                healthy, _ = await asyncio.to_thread(_health, self._config)
                 if healthy:
                     print(self._summary(time.monotonic() - started), flush=True)
                     return
             await asyncio.sleep(0.05)
-        raise StartupError(f"not healthy within {START_SECONDS} s, stopped again; /health said: {answer}")
+        _, said = await asyncio.to_thread(_health, self._config)
+        raise StartupError(
+            f"not healthy within {START_SECONDS} s, stopped again; "
+            f"not ready: {', '.join(self._not_ready()) or 'none'}; /health said: {said}"
+        )
 
     def _not_ready(self) -> list[str]:
         counts = (("api", "DELINEATE_API_PROCESSES"), ("worker", "DELINEATE_WORKER_PROCESSES"))

@@ -12,6 +12,7 @@ Async tests open what they need with `async with`; nothing flushes a server.
 from __future__ import annotations
 
 import asyncio
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,23 @@ from delineate.config import Config, load_config
 from delineate.embedded import redis_command, s3_command, s3_environment
 from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+TESTS = Path(__file__).resolve().parent
+CONF = TESTS.parent / "conf"
+# What takes longest, most of it in waiting for servers to die and come back.
+LONG = ("image/test_swarm", "image/", "worker/", "chaos/", "run/", "dashboards/")
+
+# A script that starts the tests in the background has them ignore Ctrl-C, and every child with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no long file is left to a single worker in the end (see `make test`)."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS).as_posix()
+        return next((number for number, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

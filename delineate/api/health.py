@@ -31,6 +31,7 @@ class Checks:
         self._storage = storage
         self._looked_at = float("-inf")
         self._known: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
         self._lock = asyncio.Lock()
         self.stats: QueueStats | None = None
 
@@ -39,9 +40,9 @@ class Checks:
         async with self._lock:
             if time.monotonic() - self._looked_at > CACHE_SECONDS:
                 storage, writes, self.stats = await asyncio.gather(
-                    _within(self._check_storage()),
-                    _within(self._check_writes()),
-                    _within(self._queue.stats()),
+                    self._within("storage", self._check_storage()),
+                    self._within("writes", self._check_writes()),
+                    self._within("stats", self._queue.stats()),
                 )
                 workers = self.stats is not None and self.stats.workers > 0
                 self._known = {
@@ -60,14 +61,19 @@ class Checks:
         await self._queue.check_writes()
         return True
 
-
-async def _within(check: Awaitable[T]) -> T | None:
-    try:
-        async with asyncio.timeout(CHECK_SECONDS):
-            return await check
-    except (DelineateError, TimeoutError) as error:
-        _log.warning("a health check failed: %s", str(error) or type(error).__name__)
-        return None
+    async def _within(self, name: str, check: Awaitable[T]) -> T | None:
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                result = await check
+        except (DelineateError, TimeoutError) as error:
+            problem = str(error) or type(error).__name__
+            # Once, however long it lasts and however many ask.
+            if problem != self._problems.get(name):
+                _log.warning("a health check failed: %s", problem)
+            self._problems[name] = problem
+            return None
+        self._problems.pop(name, None)
+        return result
 
 
 def _word(good: bool) -> str:

@@ -90,7 +90,7 @@ async def build_archive(
         raise ValueError(f"slots is {slots}, the plan needs {plan.slots}; fetch_concurrency is {fetch_concurrency}")
     build = _Build(plan, read, put_part, slots, on_progress, on_part)
     build.replay(done or {})
-    await raise_first_failure(build.run(fetch_concurrency))
+    await raise_first_failure(lambda: build.run(fetch_concurrency))
     return [build.receipts[number] for number in range(1, plan.part_count + 1)]
 
 

@@ -12,8 +12,8 @@ from delineate.errors import InternalError
 P = ParamSpec("P")
 
 
-async def raise_first_failure(work: Awaitable[None]) -> None:
-    """Await `work`, a function around one TaskGroup; raise what failed first, as it was raised, without the group.
+async def raise_first_failure(work: Callable[[], Awaitable[None]]) -> None:
+    """Do `work`, a function around one TaskGroup; raise what failed first, as it was raised, without the group.
 
     Callers choose what to do by the error's class, and the failures that follow the
     first are only its echo. A cancel from outside wins over failures it caused.
@@ -32,10 +32,10 @@ async def raise_first_failure(work: Awaitable[None]) -> None:
         del failure  # the traceback refers to this frame: a cycle, whose frames hold every buffer
 
 
-async def _first_failure(work: Awaitable[None]) -> BaseException | None:
+async def _first_failure(work: Callable[[], Awaitable[None]]) -> BaseException | None:
     """Returned and not raised: the task would keep the traceback, and with it itself."""
     try:
-        await work
+        await work()
     except BaseExceptionGroup as group:
         # Before Python 3.13 TaskGroup leaves a cycle of the group and its traceback.
         group.__traceback__ = None

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from delineate.api import health
 from delineate.config import Config
 from tests.api.running import changed, running_api
 from tests.api.test_validation import check_error
@@ -53,6 +54,17 @@ async def test_without_storage_the_process_serves_and_says_so(config: Config) ->
         assert (reply.status, reply.json["code"]) == (503, "storage_unavailable")
         assert int(reply.headers["Retry-After"]) >= 1
         assert (await running.fetch("POST", "/v1/export", {"file_ids": [70000]})).status == 200
+
+
+async def test_an_outage_is_logged_once_however_many_ask(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0)
+    url = f"http://127.0.0.1:{free_port()}"
+    async with running_api(changed(config, "storage", endpoint_url=url, retries=0)) as running:
+        for _ in range(5):
+            assert (await running.fetch("GET", "/health")).json["checks"]["storage"] == "error"
+    assert len([message for message in caplog.messages if message.startswith("a health check failed")]) == 1
 
 
 @pytest.mark.parametrize("hangs", [False, True])

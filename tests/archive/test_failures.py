@@ -166,6 +166,15 @@ async def test_a_cancelled_build_leaves_no_task() -> None:
     assert_alone()
 
 
+async def test_a_build_that_is_cancelled_as_it_starts_has_begun_nothing() -> None:
+    task = asyncio.create_task(build(store().read, store().put_part))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert_alone()
+
+
 async def test_a_cancel_wins_over_the_failures_it_causes() -> None:
     reading = asyncio.Event()
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tests.image.docker import Answer, Container, Docker, DockerError, http
+from tests.image.docker import PAUSE_SECONDS, Answer, Container, Docker, DockerError, http
 from tests.image.standins import RedisContainer, S3Container
 from tests.servers import free_port, wait_until
 
@@ -28,7 +28,7 @@ class Served(ABC):
     def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> float:
         """Wait for a condition; the seconds it took. Raises TimeoutError."""
         started = time.monotonic()
-        wait_until(condition, what, seconds)
+        wait_until(condition, what, seconds, pause=PAUSE_SECONDS)
         return time.monotonic() - started
 
     def request(

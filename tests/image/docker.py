@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 from tests.servers import free_port
 
 LABEL = "delineate.test"
+# Between two looks: each starts a docker command or wakes a whole stack, which have better things to do.
+PAUSE_SECONDS = 0.25
 
 
 class DockerError(Exception):
@@ -247,7 +249,7 @@ class Container:
             if gone or time.monotonic() - started > seconds:
                 why = f"it ended with {self.exit_code}" if gone else f"not within {seconds:g} s"
                 raise DockerError(f"{self.name}: waiting for {what}: {why}; it said:\n{self.logs()[-4000:]}")
-            time.sleep(0.1)
+            time.sleep(PAUSE_SECONDS)
         return time.monotonic() - started
 
     def wait_healthy(self, seconds: float = 60) -> float:

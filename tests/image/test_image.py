@@ -11,7 +11,7 @@ import pytest
 from delineate.seed import SAMPLES
 from tests.image.app import App, AppMaker
 from tests.image.conftest import ROOT, Image
-from tests.image.docker import Docker, DockerError
+from tests.image.docker import PAUSE_SECONDS, Docker, DockerError
 from tests.image.standins import PASSWORD, S3Container
 from tests.servers import SECRET_KEY, wait_until
 
@@ -141,8 +141,7 @@ def test_jobs_of_one_container_are_finished_by_another(make_app: AppMaker, files
 
 def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) -> None:
     app = make_app(env={"DELINEATE__STORAGE__SECRET_ACCESS_KEY": "wrong-secret"}, healthy=False)
-    wait_until(lambda: not app.running, "the container's end", 120)
-    assert app.exit_code == 1
+    assert app.wait(120) == 1
     assert "did not stay up; everything stops" in app.logs()
     assert "refused access" in app.logs()
 
@@ -161,8 +160,7 @@ def test_a_program_that_does_not_stay_up_ends_the_container(make_app: AppMaker) 
 )
 def test_bad_settings_are_one_line(make_app: AppMaker, environ: dict[str, str | None], words: str) -> None:
     app = make_app(env=environ, healthy=False)
-    wait_until(lambda: not app.running, "the container's end", 30)
-    assert app.exit_code == 2
+    assert app.wait() == 2
     assert app.logs().count("\n") == 1
     assert words in app.logs()
 
@@ -194,9 +192,14 @@ def test_edge_spreads_requests_and_survives_one_container(make_app: AppMaker, fi
     edge = make_app(command=("edge",), env={"DELINEATE__NGINX__UPSTREAM": "fleet:80"})
     for _ in range(20):
         assert edge.get("/v1/exports").status == 200
-    seen = [len(re.findall(r'"GET /v1/exports 200"', app.logs())) for app in apps]
-    assert sum(seen) == 20
-    assert min(seen) >= 5
+
+    def seen() -> list[int]:
+        return [len(re.findall(r'"GET /v1/exports 200"', app.logs())) for app in apps]
+
+    # A line is written after its answer was sent.
+    wait_until(lambda: sum(seen()) >= 20, "the line of every request", pause=PAUSE_SECONDS)
+    assert sum(seen()) == 20
+    assert min(seen()) >= 5
     apps[0].kill()
     assert [edge.get("/v1/exports").status for _ in range(20)] == [200] * 20
     job_id = edge.export([70002])

@@ -19,7 +19,7 @@ import yaml
 from delineate.seed import SAMPLES
 from tests.chaos.traffic import Traffic
 from tests.image.conftest import Image
-from tests.image.docker import Docker, DockerError
+from tests.image.docker import PAUSE_SECONDS, Docker, DockerError
 from tests.image.stack import SERVICES, Checkout
 from tests.servers import wait_until
 
@@ -62,7 +62,7 @@ class Swarm(Checkout):
         def ended() -> bool:
             return self.update_state() not in ("updating", "rollback_started")
 
-        wait_until(ended, "the end of the update", 240)
+        wait_until(ended, "the end of the update", 240, pause=PAUSE_SECONDS)
         return self.update_state()
 
     def update_state(self) -> str:
@@ -75,7 +75,11 @@ class Swarm(Checkout):
         for container in self.docker("ps", "--quiet", "--filter", label).split():
             with contextlib.suppress(DockerError):  # its drain would take its time, and ends by itself
                 self.docker("kill", container)
-        wait_until(lambda: self.docker("ps", "--all", "--quiet", "--filter", label) == "", "the end of the stack", 120)
+
+        def gone() -> bool:
+            return self.docker("ps", "--all", "--quiet", "--filter", label) == ""
+
+        wait_until(gone, "the end of the stack", 120, pause=PAUSE_SECONDS)
         volumes = self.docker("volume", "ls", "--quiet", "--filter", label).split()
         if volumes:
             self.docker("volume", "rm", *volumes)
