@@ -1,15 +1,18 @@
 """An OTLP collector: takes spans over HTTP, decodes the protobuf, and keeps them for a test to look at.
 
+As a program, in a container of the image, it prints each as a line of JSON.
+
 Source: https://opentelemetry.io/docs/specs/otel/protocol/ and the messages of opentelemetry-proto.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiohttp import web
@@ -53,12 +56,12 @@ class Collector:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def start(self, port: int = 0) -> None:
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_post("/v1/traces", self._take)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port or self.port)
+        site = web.TCPSite(self._runner, host, port or self.port)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -124,3 +127,16 @@ def _values(attributes: Any) -> dict[str, Any]:
     for pair in attributes:
         found[pair.key] = getattr(pair.value, pair.value.WhichOneof("value") or "string_value")
     return found
+
+
+async def _print_forever(port: int) -> None:
+    collector = Collector()
+    await collector.start("0.0.0.0", port)
+    while True:
+        while collector.spans:
+            print(json.dumps(asdict(collector.spans.pop(0))), flush=True)
+        await asyncio.sleep(0.1)
+
+
+if __name__ == "__main__":
+    asyncio.run(_print_forever(4318))

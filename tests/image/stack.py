@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.compose.stack import make_checkout
+from tests.compose.stack import ROOT, make_checkout
 from tests.image.app import Served
 from tests.image.docker import Docker
 from tests.image.standins import build_redis, build_s3
@@ -93,10 +93,11 @@ class Checkout:
         }
         redis, store = build_redis(self.docker), build_s3(self.docker)
         return {
-            # `app` starts after it. Nothing here collects traces.
+            # Has all that a collector needs to decode what it gets.
             "jaeger": {
-                "image": redis,
-                "entrypoint": ["sleep", "infinity"],
+                "image": self.settings["DELINEATE_IMAGE"],
+                "entrypoint": ["/opt/delineate/bin/python", "/collector.py"],
+                "volumes": [f"{ROOT / 'tests' / 'collector.py'}:/collector.py:ro"],
                 "healthcheck": {"test": ["CMD", "true"], "interval": "1s"},
             },
             # The base image's redis has another number, and it may not chown.

@@ -18,7 +18,7 @@ from tests.image.conftest import Image
 from tests.image.docker import Docker
 from tests.image.stack import SERVICES, Checkout, objects
 from tests.nginx.certificates import make_certificate
-from tests.servers import free_port
+from tests.servers import free_port, wait_until
 
 SAMPLE = {sample.file_id: sample for sample in SAMPLES}
 
@@ -70,6 +70,22 @@ def test_everything_is_healthy_and_one_port_is_published(compose: Compose) -> No
     assert published == {"nginx"}
     assert compose.nginx.get("/health").json()["status"] == "healthy"
     assert compose.nginx.get("/metrics").status == 404
+
+
+def test_a_job_is_one_trace_through_all_containers(compose: Compose) -> None:
+    job_id = compose.nginx.export([70001])
+    compose.nginx.completed(job_id)
+
+    def names() -> set[str]:
+        spans = objects(compose("logs", "--no-log-prefix", "jaeger"))
+        traces = {span["trace_id"] for span in spans if span["attributes"].get("delineate.job.id") == job_id}
+        return {f"{span['service']} {span['name']}" for span in spans if span["trace_id"] in traces}
+
+    expected = {
+        *("delineate-api POST /v1/export", "delineate-api send exports", "delineate-worker process exports"),
+        *("delineate-worker S3.GetObject", "delineate-worker S3.PutObject"),
+    }
+    wait_until(lambda: expected <= names(), "the job's trace", 20, pause=0.5)
 
 
 def test_jobs_of_one_container_are_finished_by_the_other(compose: Compose) -> None:
