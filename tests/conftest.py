@@ -28,7 +28,7 @@ from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port
 TESTS = Path(__file__).resolve().parent
 CONF = TESTS.parent / "conf"
 # What takes longest, most of it in waiting for servers to die and come back.
-LONG = ("image/test_swarm", "image/", "worker/", "chaos/", "run/", "dashboards/")
+LONG = ("worker/", "chaos/", "run/", "dashboards/")
 
 # A script that starts the tests in the background has them ignore Ctrl-C, and every child with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
