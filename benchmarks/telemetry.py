@@ -4,7 +4,7 @@
 
 Three processes of each kind share one Redis and one S3 server and take turns:
 
-    none       counting, timing, tracing and logging replaced by nothing, before the service is imported
+    none       counting, timing and tracing replaced by nothing before the service is imported, logs at error
     default    as shipped: metrics in files that processes share, JSON lines at info, no collector
     traced     as shipped, with a collector; of the exports every job is traced
 
@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ def run_without(command: str) -> None:
     from opentelemetry.trace import INVALID_SPAN
     from prometheus_client import Counter, Gauge, Histogram
 
-    from delineate.telemetry import metrics, spans
+    from delineate.telemetry import logs, metrics, spans
 
     def nothing(*_: object, **__: object) -> None:
         return None
@@ -91,8 +91,11 @@ def run_without(command: str) -> None:
         setattr(owner, name, nothing)
     for name, answer in (("begin_request", INVALID_SPAN), ("start_s3", INVALID_SPAN)):
         setattr(spans, name, lambda *_, answer=answer, **__: answer)
-    for name in ("end_request", "end_s3", "answered_s3", "about", "delivered"):
+    for name in ("end_request", "end_s3", "answered_s3", "about", "sent", "delivered"):
         setattr(spans, name, nothing)
+    for name in ("sending", "attempt", "step"):
+        setattr(spans, name, lambda *_, **__: nullcontext(INVALID_SPAN))
+    logs.working_for = nothing
 
     from delineate.__main__ import main as delineate
 

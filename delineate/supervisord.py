@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -38,6 +39,7 @@ _FACTS = re.compile(
 def main() -> int:
     config = load_config()
     set_up_logs(config.log, "delineate-supervisord")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one level for good: supervisord has a use of its own for SIGUSR2
     if config.log.format == "text":
         _log.setLevel(logging.WARNING)  # at a terminal, that all is as usual needs no words
     first = True

@@ -50,6 +50,7 @@ class Collector:
         self.bodies: list[bytes] = []
         self.port = 0
         self.hangs = False
+        self.held = 0  # requests that get no answer
         self._runner: web.AppRunner | None = None
 
     @property
@@ -72,6 +73,7 @@ class Collector:
     async def _take(self, request: web.Request) -> web.Response:
         assert request.content_type == "application/x-protobuf"
         body = await request.read()
+        self.held += self.hangs
         while self.hangs:
             await asyncio.sleep(0.05)
         self.bodies.append(body)

@@ -186,18 +186,17 @@ class Exchange(HTTPMessageDelegate):
         """Count, handle, and turn whatever is raised into an answer."""
         self._started = time.perf_counter()
         request, route = self._request, self._route
-        if route.counted:
-            self._span = begin_request(
-                self._api.sampler,
-                request.method,
-                route.path,
-                request.path,
-                request.headers.get("traceparent", ""),
-                makes_job=route.makes_job,
-            )
         try:
             if route.counted:
                 await self._api.services.limiter.count(request)
+                self._span = begin_request(
+                    self._api.sampler,
+                    request.method,
+                    route.path,
+                    request.path,
+                    request.headers.get("traceparent", ""),
+                    makes_job=route.makes_job,
+                )
             if route.patient:
                 return await route.handle(request)
             async with asyncio.timeout(self._api.request_timeout):
@@ -217,11 +216,12 @@ class Exchange(HTTPMessageDelegate):
         metrics.count_request(method if method in _METHODS else "OTHER", self._route.path, status, seconds)
         if _log.isEnabledFor(logging.DEBUG):  # nginx has the access log
             _log.debug("answered", extra={"context": {"status": status, "seconds": round(seconds, 4)}})
-        end_request(self._span, status)
+        end_request(self._span, None if status == _CLIENT_GONE else status)
 
     def _render(self, answer: Answer) -> bytes:
         """The answer as it goes over the wire."""
         request, status = self._request, answer.status
+        trace_line = _trace_line(self._span) if self._span.is_recording() else b""
         self._count(status)
         specific = _lines(answer) if answer.headers or answer.content_type is not JSON_TYPE else _JSON_LINES
         bodiless = status in (204, 304) or isinstance(answer, EventStream)
@@ -231,7 +231,7 @@ class Exchange(HTTPMessageDelegate):
             _SECURITY,
             _date(int(time.time())),
             request.request_id.encode(),
-            _trace_line(self._span) if self._span is not INVALID_SPAN else b"",
+            trace_line,
             self._api.services.limiter.header_lines(request.rate),
             self._api.cors_lines(request) if self._api.cors_origins else b"",
             specific,

@@ -46,7 +46,7 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
     key = parse_idempotency_key(request.headers)
     session = open_session(request, idempotency_key=key)
     job_id = new_job_id()
-    with spans.sending(job_id):
+    with spans.sending() as span:
         enqueued = await request.services.queue.enqueue(
             NewJob(
                 id=job_id,
@@ -59,6 +59,7 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
                 request_id=request.request_id,
             )
         )
+        spans.sent(span, enqueued.job)
     spans.about(enqueued.job)
     if not enqueued.replayed:
         context = {**job_fields(enqueued.job), "files": enqueued.job.total_files}

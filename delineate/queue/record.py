@@ -67,7 +67,8 @@ def parse_job(fields: Mapping[str, str], job_id: str) -> Job | None:
             failure=_FAILURE.decode(error) if error else None,
             traceparent=fields["traceparent"],
             request_id=fields["request_id"],
-            span=fields.get("span", ""),
+            # Of this very lease: a worker that records nothing leaves the one of the lease before.
+            span=fields.get("span", "") if fields.get("span_token") == fields["token"] else "",
             previous_span=fields.get("previous_span", ""),
         )
     except KeyError as error:

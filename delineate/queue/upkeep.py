@@ -21,7 +21,7 @@ class Reaped(msgspec.Struct, frozen=True):
     """A job taken from a dead worker; `buried` if it had lost too many.
 
     The rest is of the attempt that was lost: its trace, its span id (hex) and its start in Unix seconds,
-    None if it had not begun.
+    empty and None if it is not traced.
     """
 
     worker: str
@@ -50,9 +50,7 @@ class Upkeep(Connected):
             ),
         )
         return [
-            Reaped(
-                worker, job_id, outcome == "buried", traceparent, span, int(began) / 1000 if began.isdecimal() else None
-            )
+            Reaped(worker, job_id, outcome == "buried", traceparent, span, int(began) / 1000 if began else None)
             for worker, job_id, outcome, traceparent, span, began in moved
         ]
 

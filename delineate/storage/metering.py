@@ -3,66 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import Span
 
+from delineate.storage.faults import refusal_of
 from delineate.telemetry.metrics import count_s3
-from delineate.telemetry.spans import answered_s3, end_s3, start_s3
+from delineate.telemetry.spans import S3Target, answered_s3, end_s3, start_s3
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
 
-_BEGUN = "delineate_begun"
-
 
 @contextmanager
-def metered(operation: str, url: str) -> Iterator[Span]:
-    """Count what happens in the block as one request, with its body."""
-    span = start_s3(operation, url)
+def metered(operation: str, target: Callable[[], S3Target]) -> Iterator[Span]:
+    """Count what happens in the block as one request, with its body; `target` is asked if the request is traced."""
+    span = start_s3(operation, target)
     started = time.perf_counter()
-    failure: BaseException | None = None
     try:
         yield span
     except BaseException as error:
-        failure = error
+        count_s3(operation, "error", time.perf_counter() - started)
+        refusal = refusal_of(error) if isinstance(error, Exception) else None
+        end_s3(span, error, refusal.status if refusal else 0)
         raise
-    finally:
-        count_s3(operation, "error" if failure else "ok", time.perf_counter() - started)
-        end_s3(span, failure)
+    count_s3(operation, "ok", time.perf_counter() - started)
+    end_s3(span)
 
 
 def meter(client: S3Client) -> None:
     """Have every request of a botocore client counted.
 
-    Source: https://docs.aws.amazon.com/boto3/latest/guide/events.html
+    By its one method for all operations, where other instrumentations also are: botocore's events
+    say nothing of a request that is cancelled. Each call is one request, because the client does not retry.
     """
+    call: Callable[..., Any] = client._make_api_call  # type: ignore[attr-defined]
 
-    def begin(context: dict[str, Any], event_name: str, params: dict[str, Any], **_: object) -> None:
-        span = start_s3(_operation(event_name), params["url"])
-        context[_BEGUN] = (time.perf_counter(), span)
+    async def metered_call(operation: str, parameters: dict[str, Any]) -> Any:
+        def target() -> S3Target:
+            return S3Target(parameters.get("Bucket", ""), parameters.get("Key", ""))
 
-    def answered(context: dict[str, Any], event_name: str, http_response: Any, **_: object) -> None:
-        if _BEGUN in context:  # address.py lets requests be made that are never sent
-            started, span = context[_BEGUN]
-            status = http_response.status_code
-            count_s3(_operation(event_name), "ok" if status < 300 else "error", time.perf_counter() - started)
-            answered_s3(span, status)
-            end_s3(span, None)
+        with metered(operation, target) as span:
+            answer = await call(operation, parameters)
+            if span.is_recording():
+                answered_s3(span, answer["ResponseMetadata"]["HTTPStatusCode"])
+            return answer
 
-    def broke(context: dict[str, Any], event_name: str, exception: BaseException, **_: object) -> None:
-        if _BEGUN in context:
-            started, span = context[_BEGUN]
-            count_s3(_operation(event_name), "error", time.perf_counter() - started)
-            end_s3(span, exception)
-
-    events = client.meta.events
-    events.register("before-call.s3", begin)
-    events.register("after-call.s3", answered)
-    events.register("after-call-error.s3", broke)
-
-
-def _operation(event_name: str) -> str:
-    return event_name.rpartition(".")[2]
+    client._make_api_call = metered_call  # type: ignore[attr-defined]

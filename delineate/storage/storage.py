@@ -59,9 +59,9 @@ async def open_storage(config: StorageConfig, *, service: str = "") -> AsyncIter
         try:
             credentials = await session.get_credentials()
             client = await stack.enter_async_context(_client(session, config, agent, ca_file))
-            meter(client)
             files_url = await bucket_url(client, config.source_bucket)
             archives_url = await bucket_url(client, config.archive_bucket)
+            meter(client)
             if proxied:
                 links_url, signed_url = config.public_endpoint_url.rstrip("/"), archives_url
             else:
@@ -83,7 +83,13 @@ async def open_storage(config: StorageConfig, *, service: str = "") -> AsyncIter
             Connection(
                 config=config,
                 client=client,
-                wire=Wire(http, signer, proxy, config.operation_timeout),
+                wire=Wire(
+                    http,
+                    signer,
+                    proxy,
+                    config.operation_timeout,
+                    {files_url: config.source_bucket, archives_url: config.archive_bucket},
+                ),
                 signer=signer,
                 files_url=files_url,
                 archives_url=archives_url,

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from urllib.parse import parse_qsl, unquote
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
@@ -16,7 +17,7 @@ from yarl import URL
 from delineate.storage.faults import Refused
 from delineate.storage.metering import metered
 from delineate.storage.signing import Signer
-from delineate.telemetry.spans import answered_s3
+from delineate.telemetry.spans import S3Target, answered_s3
 
 _SLICE_BYTES = 256 * 1024
 _ERROR_BYTES = 16 * 1024
@@ -27,14 +28,22 @@ _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,64})\s*</Code>")
 class Wire:
     """Sends one request at a time per call; retrying is its callers' business, because they know what may be repeated.
 
-    `stall_seconds` bounds the wait for the next byte in either direction.
+    `stall_seconds` bounds the wait for the next byte in either direction. `buckets` are names by URL, for traces.
     """
 
-    def __init__(self, http: aiohttp.ClientSession, signer: Signer, proxy: str | None, stall_seconds: float) -> None:
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        signer: Signer,
+        proxy: str | None,
+        stall_seconds: float,
+        buckets: Mapping[str, str],
+    ) -> None:
         self._http = http
         self._signer = signer
         self._proxy = proxy
         self._stall_seconds = stall_seconds
+        self._buckets = buckets
 
     @asynccontextmanager
     async def send(
@@ -49,7 +58,7 @@ class Wire:
         headers = await self._signer.headers(method, url, {})
         if unsigned:
             headers.update(unsigned)
-        with metered(operation or _OPERATIONS[method], url) as span:
+        with metered(operation or _OPERATIONS[method], lambda: self._target(url)) as span:
             async with self._http.request(
                 method, URL(url, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False
             ) as response:
@@ -62,8 +71,8 @@ class Wire:
         """PUT `body`, which is never copied as a whole; the headers of the answer. Raises Refused."""
         signed = await self._signer.headers("PUT", url, headers)
         # aiohttp's sock_read does not watch the sending side: a store that stops reading would hold us forever.
-        operation = "UploadPart" if "partNumber=" in url else "PutObject"
-        with metered(operation, url) as span:
+        operation = "UploadPart" if "?partNumber=" in url else "PutObject"
+        with metered(operation, lambda: self._target(url)) as span:
             async with asyncio.timeout(self._stall_seconds) as deadline:
                 slices = _Slices(body, deadline, self._stall_seconds)
                 try:
@@ -78,6 +87,12 @@ class Wire:
                 except BaseException:
                     slices.abandon()
                     raise
+
+    def _target(self, url: str) -> S3Target:
+        path, _, query = url.partition("?")
+        base = next((base for base in self._buckets if path.startswith(f"{base}/")), "")
+        number = dict(parse_qsl(query)).get("partNumber", "")
+        return S3Target(self._buckets.get(base, ""), unquote(path[len(base) + 1 :]), int(number) if number else None)
 
 
 class _Slices(Payload):

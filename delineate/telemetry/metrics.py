@@ -105,7 +105,7 @@ REDIS_OPERATION_DURATION = Histogram(
 )
 
 TRACE_SPANS = Counter(
-    "trace_spans_total", "Spans handed to the collector: taken by it, or lost with their batch.", ["outcome"]
+    "trace_spans_total", "Spans by what became of them: taken by the collector, or lost.", ["outcome"]
 )
 
 JOB_STATUSES = ("completed", "failed", "cancelled")

@@ -52,14 +52,8 @@ class Recorder:
         self._ids = _Ids()
         # Whether to record is decided before a span is begun (tracing.py), because even "no" costs 5 us in here.
         self._provider = TracerProvider(ALWAYS_ON, resource, id_generator=self._ids, shutdown_on_exit=False)
-        self._provider.add_span_processor(
-            BatchSpanProcessor(
-                _Sender(endpoint),
-                max_queue_size=MAX_WAITING_SPANS,
-                schedule_delay_millis=BATCH_INTERVAL_MS,
-                max_export_batch_size=MAX_BATCH_SPANS,
-            )
-        )
+        self._batches = _Batches(_Sender(endpoint))
+        self._provider.add_span_processor(self._batches)
         self._tracer = self._provider.get_tracer("delineate", __version__)
 
     def start(
@@ -87,6 +81,32 @@ class Recorder:
         last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         last.start()
         last.join(LAST_BATCH_SECONDS)
+        SPANS_LOST.inc(self._batches.waiting)
+
+
+class _Batches(BatchSpanProcessor):
+    """Where spans come faster than they go, the library drops the oldest, and counts none: this the newest, counted."""
+
+    def __init__(self, sender: _Sender) -> None:
+        super().__init__(
+            sender,
+            max_queue_size=2 * MAX_WAITING_SPANS,
+            schedule_delay_millis=BATCH_INTERVAL_MS,
+            max_export_batch_size=MAX_BATCH_SPANS,
+        )
+        self._sender = sender
+        self._taken = 0
+
+    @property
+    def waiting(self) -> int:
+        return self._taken - self._sender.done
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self.waiting >= MAX_WAITING_SPANS:
+            SPANS_LOST.inc()
+            return
+        self._taken += 1
+        super().on_end(span)
 
 
 class _Ids(RandomIdGenerator):
@@ -104,23 +124,26 @@ class _Sender(SpanExporter):
         self._endpoint = endpoint
         self._exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=ATTEMPT_SECONDS)
         self._failing = False
-        # Its loggers say why, and that with every try: kept for our line.
+        self.done = 0  # spans, sent or lost
+        # Its logger says why, and that with every try: kept for our line.
         self._reason = _FirstLine()
-        for name in ("opentelemetry.exporter", "opentelemetry.sdk"):
-            logger = logging.getLogger(name)
-            logger.addHandler(self._reason)
-            logger.propagate = False
+        logger = logging.getLogger("opentelemetry.exporter")
+        logger.addHandler(self._reason)
+        logger.propagate = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._reason.text = ""
-        result = self._exporter.export(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            self.done += len(spans)
+            (SPANS_SENT if result is SpanExportResult.SUCCESS else SPANS_LOST).inc(len(spans))
         if result is SpanExportResult.SUCCESS:
-            SPANS_SENT.inc(len(spans))
             if self._failing:
                 log.info("traces are delivered again", extra={"context": {"endpoint": self._endpoint}})
             self._failing = False
         else:
-            SPANS_LOST.inc(len(spans))
             if not self._failing:
                 context = {"endpoint": self._endpoint, "cause": self._reason.text}
                 log.warning("traces cannot be delivered, and are dropped until they can", extra={"context": context})

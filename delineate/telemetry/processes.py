@@ -53,7 +53,7 @@ class Process(msgspec.Struct, frozen=True):
     version: str
     python: str
     started: int
-    began: float
+    began: float = 0.0
 
 
 class Usage(msgspec.Struct, frozen=True):

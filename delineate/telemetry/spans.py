@@ -5,10 +5,11 @@
         process exports         CONSUMER   one attempt, in a worker; a further one is linked to the one before
           look up files ...     INTERNAL   its steps
             S3.GetObject        CLIENT     each request to the store, each retry too
-          deliver completed     PRODUCER   in an API process: from the job's end to the event on its streams
+          deliver completed     INTERNAL   in an API process: from the job's end to the event on its streams
 
 An attempt whose worker was lost is recorded by the one that finds out, under the
-span id that the job's record has: its steps arrived, it never will.
+span id that the job's record has, so that the steps which arrived have a parent. A worker that
+was only cut off for too long ends its span as well: then there are two with one id.
 
 Names and attributes follow the semantic conventions: https://opentelemetry.io/docs/specs/semconv/
 (HTTP, messaging, AWS S3); ours begin with `delineate.`. No span has an address or an
@@ -19,15 +20,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from urllib.parse import parse_qs, urlsplit
+from typing import NamedTuple
 
 from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, SpanKind, StatusCode
 
 from delineate.job import Job, Lease
 from delineate.telemetry import tracing
+from delineate.telemetry.logs import without_secrets
 from delineate.telemetry.tracing import Value
 
 QUEUE_NAME = "exports"
@@ -48,10 +51,14 @@ def _message(operation: str, kind: str, job_id: str) -> dict[str, Value]:
 
 def fail(span: Span, error: BaseException, error_type: str = "") -> None:
     """Mark `span` as failed by `error`; `error_type` is its stable name, if that is not its class."""
-    if span.is_recording():
-        span.set_attribute("error.type", error_type or type(error).__name__)
-        span.set_status(StatusCode.ERROR, str(error))
-        span.record_exception(error)
+    if not span.is_recording():
+        return
+    name, message = type(error).__name__, without_secrets(str(error))
+    span.set_attribute("error.type", error_type or name)
+    span.set_status(StatusCode.ERROR, message)
+    stack = without_secrets("".join(traceback.format_exception(error)))
+    # What Span.record_exception does, but for the words of other libraries' errors, which may quote a URL.
+    span.add_event("exception", {"exception.type": name, "exception.message": message, "exception.stacktrace": stack})
 
 
 # Requests
@@ -68,7 +75,7 @@ def begin_request(sampler: tracing.Sampler, method: str, route: str, path: str, 
         span = tracing.start(
             f"{method} {route}",
             SpanKind.SERVER,
-            {"http.request.method": method, "http.route": route, "url.path": path, "url.scheme": "http"},
+            {"http.request.method": method, "http.route": route, "url.path": path},
             parent=remote,
         )
     elif remote is None:
@@ -79,9 +86,13 @@ def begin_request(sampler: tracing.Sampler, method: str, route: str, path: str, 
     return span
 
 
-def end_request(span: Span, status: int) -> None:
+def end_request(span: Span, status: int | None) -> None:
+    """`status` is None if the client left before there was an answer."""
     if span.is_recording():
-        span.set_attribute("http.response.status_code", status)
+        if status is None:
+            span.set_attribute("error.type", "client_gone")
+        else:
+            span.set_attribute("http.response.status_code", status)
         span.end()
 
 
@@ -99,13 +110,20 @@ def about(job: Job) -> None:
 
 
 @contextmanager
-def sending(job_id: str) -> Iterator[None]:
+def sending() -> Iterator[Span]:
     """Around the enqueueing of a job. `tracing.traceparent()` in the block is for its record."""
     if not tracing.recording():
-        yield
+        yield INVALID_SPAN
         return
-    with _ended(tracing.start(f"send {QUEUE_NAME}", SpanKind.PRODUCER, _message("send", "send", job_id))):
-        yield
+    span = tracing.start(f"send {QUEUE_NAME}", SpanKind.PRODUCER)
+    with _ended(span):
+        yield span
+
+
+def sent(span: Span, job: Job) -> None:
+    """Say which job it was: an idempotency key may have brought back an earlier one."""
+    if span.is_recording():
+        span.set_attributes(_message("send", "send", job.id))
 
 
 @contextmanager
@@ -167,9 +185,8 @@ def delivered(job: Job, streams: int) -> None:
     parent = _context_of(job.traceparent, job.span) or tracing.parse_traceparent(job.traceparent)
     if parent is None or not (tracing.enabled() and parent.trace_flags.sampled):
         return
-    name = f"deliver {job.status}"
-    attributes = {**_message("deliver", "send", job.id), "delineate.streams": streams}
-    tracing.start(name, SpanKind.PRODUCER, attributes, parent=parent, started=job.completed_at).end()
+    attributes: dict[str, Value] = {"delineate.job.id": job.id, "delineate.streams": streams}
+    tracing.start(f"deliver {job.status}", attributes=attributes, parent=parent, started=job.completed_at).end()
 
 
 def _context_of(traceparent: str, span_id: str) -> SpanContext | None:
@@ -197,35 +214,45 @@ def step(name: str, **attributes: Value) -> Iterator[None]:
         yield
 
 
-def start_s3(operation: str, url: str) -> Span:
-    """One request to the store, which its caller ends; `url` with its query, of which only a part's number is shown."""
+class S3Target(NamedTuple):
+    """What a request to the store is about, as far as it is known."""
+
+    bucket: str
+    key: str
+    part_number: int | None = None
+
+
+def start_s3(operation: str, target: Callable[[], S3Target]) -> Span:
+    """One request to the store, which its caller ends."""
     if not tracing.recording():
         return INVALID_SPAN
-    parts = urlsplit(url)
+    bucket, key, part_number = target()
     attributes: dict[str, Value] = {
         "rpc.system.name": "aws-api",
         "rpc.method": f"S3/{operation}",
-        "url.full": f"{parts.scheme}://{parts.netloc}{parts.path}",
+        "aws.s3.bucket": bucket,
     }
-    if operation == "UploadPart":
-        attributes["aws.s3.part_number"] = int(parse_qs(parts.query)["partNumber"][0])
+    if key:
+        attributes["aws.s3.key"] = key
+    if part_number is not None:
+        attributes["aws.s3.part_number"] = part_number
     return tracing.start(f"S3.{operation}", SpanKind.CLIENT, attributes)
 
 
 def answered_s3(span: Span, status: int) -> None:
     if span.is_recording():
         span.set_attribute("http.response.status_code", status)
-        if status >= 300:
-            span.set_attribute("error.type", str(status))
-            span.set_status(StatusCode.ERROR)
 
 
-def end_s3(span: Span, error: BaseException | None) -> None:
-    """`error` is why there was no answer, or none that could be used."""
-    if span.is_recording():
-        if error is not None:
-            _ended_by(span, error)
-        span.end()
+def end_s3(span: Span, error: BaseException | None = None, status: int = 0) -> None:
+    """`error` is what came of it in place of a usable answer; `status` is the store's own, if it refused."""
+    if not span.is_recording():
+        return
+    if status:
+        answered_s3(span, status)
+    if error is not None:
+        _ended_by(span, error, str(status) if status else "")
+    span.end()
 
 
 @contextmanager
@@ -241,10 +268,10 @@ def _ended(span: Span) -> Iterator[None]:
             span.end()
 
 
-def _ended_by(span: Span, error: BaseException) -> None:
-    """Without the stack: what is around an attempt or a request has it."""
+def _ended_by(span: Span, error: BaseException, error_type: str = "") -> None:
+    """Without words and stack, which the attempt or the request around it has."""
     if isinstance(error, asyncio.CancelledError):
         span.set_attribute("error.type", "cancelled")  # by whoever wanted it no longer: no error of its own
         return
-    span.set_attribute("error.type", type(error).__name__)
-    span.set_status(StatusCode.ERROR, str(error))
+    span.set_attribute("error.type", error_type or type(error).__name__)
+    span.set_status(StatusCode.ERROR)

@@ -81,7 +81,9 @@ def start(
     """
     if _recorder is None:
         return INVALID_SPAN
-    return _recorder.start(name, kind, attributes, parent, links, started, span_id)
+    # Often by another machine's clock: no span may begin after its end.
+    began = None if started is None else min(started, time.time())
+    return _recorder.start(name, kind, attributes, parent, links, began, span_id)
 
 
 def attach(span: Span) -> None:
@@ -137,9 +139,8 @@ def present_ids() -> tuple[str, str]:
 class Sampler:
     """Decides for the requests of one process. A client decides for its own, by the flag in its `traceparent`.
 
-    Requests that make a job, and all others, may each record `per_minute` traces, which
-    gather evenly: neither a rush, nor a client that wants all of its requests traced,
-    makes tracing cost more than that.
+    Requests that make a job, and all others, may each record `per_minute` traces on average, and as many at
+    once: neither a rush, nor a client that wants all of its requests traced, makes tracing cost more than that.
     """
 
     def __init__(self, config: TracesConfig) -> None:

@@ -63,7 +63,9 @@ local function take(id, by_name)
     'message', 'Looking up the files', 'progress', 0, 'current_file', 0, 'bytes_done', 0, 'bytes_total', 0)
   -- The last digit of a traceparent has the flag that says it is recorded.
   if nonce ~= '' and string.find(f[7] or '', '[13579bdf]$') then
-    redis.call('HSET', job, 'previous_span', f[8] or '', 'span', nonce .. string.format('%03x', #claimed))
+    -- One that is claimed again because the reply was lost never ran: what it comes after is still the one before.
+    if f[1] == 'queued' then redis.call('HSET', job, 'previous_span', f[8] or '') end
+    redis.call('HSET', job, 'span', nonce .. string.format('%03x', #claimed), 'span_token', redis.call('HGET', job, 'token'))
   end
   publish(job, now)
   claimed[#claimed + 1] = {id, redis.call('HGETALL', job)}

@@ -10,21 +10,24 @@
 --       4 how many jobs at most  5 how long dead workers are remembered (ms)
 --       6 failure for a poison job (JSON)  7 message for a poison job
 -- Returns a flat list: worker, job id, 'requeued' or 'buried', and of the attempt that was lost: traceparent, span id
---       ('' if it is not traced) and when it began (ms); all three are '' if it was never claimed
+--       and when it began (ms), all three '' if it is not traced
 -- Publishes each job that was being processed.
 local workers, wait, failed = KEYS[1], KEYS[2], KEYS[3]
 local base, max_crashes, left = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[4])
 local now, moved = clock(), {}
 
-local function report(worker, id, outcome, traceparent, span, began)
-  for _, value in ipairs({worker, id, outcome, traceparent or '', span or '', began or ''}) do
-    moved[#moved + 1] = value
-  end
+-- Of a trace only what is of this very lease, which a worker that records nothing gives no span, and nothing damaged.
+local function report(worker, id, outcome, traceparent, span, began, of_lease)
+  local whole = of_lease and #traceparent == 55 and string.find(traceparent, '^[%x-]+$')
+    and #span == 16 and string.find(span, '^%x+$') and #began <= 13 and string.find(began, '^%d+$')
+  local trace = whole and {traceparent, span, began} or {'', '', ''}
+  for _, value in ipairs({worker, id, outcome, trace[1], trace[2], trace[3]}) do moved[#moved + 1] = value end
 end
 
 local function reap_job(worker, id)
   local job = base .. 'job:' .. id
-  local f = redis.call('HMGET', job, 'status', 'worker', 'traceparent', 'span', 'attempt_started_at')
+  local f = redis.call('HMGET', job, 'status', 'worker', 'traceparent', 'span', 'attempt_started_at', 'span_token', 'token')
+  local of_lease = f[3] and f[4] and f[5] and f[6] == f[7]
   if f[1] == 'queued' then
     -- Moved by BLMOVE but never claimed: nothing was lost, nothing is charged.
     redis.call('RPUSH', wait, id)
@@ -33,14 +36,14 @@ local function reap_job(worker, id)
     redis.call('HINCRBY', job, 'token', 1)
     if redis.call('HINCRBY', job, 'crashes', 1) > max_crashes then
       set_failed(job, failed, base .. 'queue:abandoned', id, ARGV[6], ARGV[7], now, ARGV[3])
-      report(worker, id, 'buried', f[3], f[4], f[5])
+      report(worker, id, 'buried', f[3], f[4], f[5], of_lease)
       return
     end
     redis.call('HINCRBY', job, 'attempts', -1)
     set_waiting(job, 'The worker was lost; waiting for another')
     redis.call('RPUSH', wait, id)
     publish(job, now)
-    report(worker, id, 'requeued', f[3], f[4], f[5])
+    report(worker, id, 'requeued', f[3], f[4], f[5], of_lease)
   end
 end
 
