@@ -455,6 +455,32 @@ async def test_requeue_starts_a_failed_or_cancelled_job_over(config: Config, end
         assert again.token > lease.token, "an older lease stays fenced out"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"traceparent": b"\xff\xfe"},
+        {"span": b"z" * 16},
+        {"attempt_started_at": b"9" * 400},
+        {"span_token": b"1"},  # of another lease
+        {},
+    ],
+    ids=lambda damage: " ".join(damage) or "whole",
+)
+async def test_reap_tells_the_trace_of_the_lost_attempt_and_nothing_damaged(
+    config: Config, damage: dict[str, bytes]
+) -> None:
+    async with bench(config) as b:
+        lease = await b.claimed()
+        fields = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "span": "c" * 16}
+        for name, value in {**fields, "span_token": str(lease.token), **damage}.items():
+            await b.redis.hset(b.keys.job(lease.job.id), name, value)  # type: ignore[arg-type]  # bytes that are no text
+        await b.kill_worker("w1")
+        (reaped,) = await b.queue.reap()
+        told = (reaped.traceparent, reaped.span, reaped.started_at)
+        assert told == (("", "", None) if damage else (*fields.values(), lease.job.attempt_started_at))
+        assert await b.waiting() == [lease.job.id]
+
+
 async def test_reap_takes_a_dead_workers_jobs_and_charges_no_attempt(config: Config) -> None:
     async with bench(config) as b:
         lease = await b.claimed("w1")
