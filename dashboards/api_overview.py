@@ -7,6 +7,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 
 from dashboards.panels import (
     NONE,
+    QUANTILE_COLORS,
     About,
     Column,
     Limits,
@@ -186,7 +187,7 @@ def _requests(board: Dashboard) -> None:
             *quantiles("http_request_duration_seconds", PROMPT),
             unit="s",
             limits=LATENCY,
-            colors={"p50": "green", "p95": "yellow", "p99": "red"},
+            colors=QUANTILE_COLORS,
         )
     )
     board.with_panel(

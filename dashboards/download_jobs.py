@@ -7,6 +7,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 
 from dashboards.panels import (
     NONE,
+    QUANTILE_COLORS,
     About,
     Limits,
     Query,
@@ -177,7 +178,7 @@ def _line(board: Dashboard) -> None:
             *quantiles("export_job_wait_seconds"),
             unit="s",
             limits=WAITING,
-            colors={"p50": "green", "p95": "yellow", "p99": "red"},
+            colors=QUANTILE_COLORS,
         )
     )
     board.with_panel(
@@ -250,7 +251,7 @@ def _processing(board: Dashboard) -> None:
             *quantiles("download_processing_seconds", 'status="completed"'),
             unit="s",
             limits=PROCESSING,
-            colors={"p50": "green", "p95": "yellow", "p99": "red"},
+            colors=QUANTILE_COLORS,
             width=8,
         )
     )

@@ -7,6 +7,7 @@ from grafana_foundation_sdk.models.common import StackingMode
 
 from dashboards.panels import (
     NONE,
+    QUANTILE_COLORS,
     About,
     Column,
     Limits,
@@ -557,7 +558,7 @@ def _store(board: Dashboard) -> None:
             *quantiles("s3_operation_duration_seconds"),
             unit="s",
             limits=Limits.at_most(1, 10),
-            colors={"p50": "green", "p95": "yellow", "p99": "red"},
+            colors=QUANTILE_COLORS,
             width=8,
             logs=S3_LOGS,
         )

@@ -303,6 +303,9 @@ def states(
     return _whole(panel, title, about, [query], NONE, COMPLAINTS).span(width).height(8)
 
 
+QUANTILE_COLORS = {"p50": "green", "p95": "yellow", "p99": "red"}
+
+
 def quantiles(histogram: str, selector: str = "") -> list[Query]:
     """p50, p95 and p99 of `histogram`, of all series that `selector` chooses together."""
     chosen = ", ".join(filter(None, ('instance=~"$instance"', selector)))

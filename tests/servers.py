@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from delineate.embedded import s3_command, s3_environment
+
 ACCESS_KEY, SECRET_KEY = "delineate-test", "delineate-test-secret"
 
 
@@ -31,6 +33,15 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 15, *,
         if time.monotonic() > end:
             raise TimeoutError(f"{what} did not happen within {seconds} s")
         time.sleep(pause)
+
+
+def store_of_its_own(folder: Path, access_key: str, secret_key: str) -> ServerProcess:
+    """A store with its two buckets in `folder`/s3, for a test to start, kill and stop."""
+    for bucket in ("files", "archives"):
+        (folder / "s3" / bucket).mkdir(parents=True)
+    port = free_port()
+    command = s3_command(folder / "s3", port)
+    return ServerProcess(command, port, folder / "s3.log", s3_environment(access_key, secret_key))
 
 
 class ServerProcess:

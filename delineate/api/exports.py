@@ -45,11 +45,10 @@ async def enqueue(request: Request, wanted: ExportRequest) -> tuple[Enqueued, He
     """Accept the job for the caller's session; the headers belong to the answer."""
     key = parse_idempotency_key(request.headers)
     session = open_session(request, idempotency_key=key)
-    job_id = new_job_id()
     with spans.sending() as span:
         enqueued = await request.services.queue.enqueue(
             NewJob(
-                id=job_id,
+                id=new_job_id(),
                 user=session.user,
                 file_ids=wanted.file_ids,
                 on_missing=wanted.on_missing,

@@ -139,15 +139,13 @@ class _Sender(SpanExporter):
         finally:
             self.done += len(spans)
             (SPANS_SENT if result is SpanExportResult.SUCCESS else SPANS_LOST).inc(len(spans))
-        if result is SpanExportResult.SUCCESS:
-            if self._failing:
-                log.info("traces are delivered again", extra={"context": {"endpoint": self._endpoint}})
-            self._failing = False
-        else:
-            if not self._failing:
-                context = {"endpoint": self._endpoint, "cause": self._reason.text}
-                log.warning("traces cannot be delivered, and are dropped until they can", extra={"context": context})
-            self._failing = True
+        failed = result is not SpanExportResult.SUCCESS
+        if failed and not self._failing:
+            context = {"endpoint": self._endpoint, "cause": self._reason.text}
+            log.warning("traces cannot be delivered, and are dropped until they can", extra={"context": context})
+        elif self._failing and not failed:
+            log.info("traces are delivered again", extra={"context": {"endpoint": self._endpoint}})
+        self._failing = failed
         return result
 
     def shutdown(self) -> None:

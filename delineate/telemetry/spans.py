@@ -67,11 +67,7 @@ def fail(span: Span, error: BaseException, error_type: str = "") -> None:
 def begin_request(sampler: tracing.Sampler, method: str, route: str, path: str, header: str, makes_job: bool) -> Span:
     """The present span from here on to the end of this task; recorded if `sampler` wants it."""
     remote = tracing.parse_traceparent(header)
-    if not tracing.enabled():
-        if remote is None:
-            return INVALID_SPAN
-        span = tracing.unrecorded(remote, sampled=remote.trace_flags.sampled)
-    elif sampler.wants(remote, makes_job=makes_job):
+    if tracing.enabled() and sampler.wants(remote, makes_job=makes_job):
         span = tracing.start(
             f"{method} {route}",
             SpanKind.SERVER,
@@ -81,7 +77,8 @@ def begin_request(sampler: tracing.Sampler, method: str, route: str, path: str, 
     elif remote is None:
         return INVALID_SPAN
     else:
-        span = tracing.unrecorded(remote, sampled=False)
+        # Without a collector the client's word goes on as it came; with one, it was this process that said no.
+        span = tracing.unrecorded(remote, sampled=remote.trace_flags.sampled and not tracing.enabled())
     tracing.attach(span)
     return span
 
@@ -134,7 +131,7 @@ def attempt(lease: Lease) -> Iterator[Span]:
     if origin is None:
         yield INVALID_SPAN
         return
-    if not (tracing.enabled() and origin.trace_flags.sampled):
+    if not _recorded(origin):
         with tracing.current(tracing.unrecorded(origin, sampled=origin.trace_flags.sampled)):
             yield INVALID_SPAN
         return
@@ -164,8 +161,8 @@ def fail_attempt(error: BaseException, code: str) -> None:
 
 def lost_attempt(job_id: str, worker: str, traceparent: str, span_id: str, started_at: float | None) -> None:
     """Record, for a worker that cannot any more, the attempt it was lost in."""
-    origin = tracing.parse_traceparent(traceparent)
-    if origin is None or not _span_id(span_id) or not (tracing.enabled() and origin.trace_flags.sampled):
+    origin, number = tracing.parse_traceparent(traceparent), _span_id(span_id)
+    if origin is None or number is None or not _recorded(origin):
         return
     span = tracing.start(
         f"process {QUEUE_NAME}",
@@ -173,7 +170,7 @@ def lost_attempt(job_id: str, worker: str, traceparent: str, span_id: str, start
         {**_message("process", "process", job_id), "messaging.client.id": worker, OUTCOME: "lost"},
         parent=origin,
         started=started_at,
-        span_id=_span_id(span_id),
+        span_id=number,
     )
     span.set_attribute("error.type", "worker_lost")
     span.set_status(StatusCode.ERROR, "the worker was lost")
@@ -183,10 +180,15 @@ def lost_attempt(job_id: str, worker: str, traceparent: str, span_id: str, start
 def delivered(job: Job, streams: int) -> None:
     """Record that the end of `job` went out on `streams` event streams of this process."""
     parent = _context_of(job.traceparent, job.span) or tracing.parse_traceparent(job.traceparent)
-    if parent is None or not (tracing.enabled() and parent.trace_flags.sampled):
+    if parent is None or not _recorded(parent):
         return
     attributes: dict[str, Value] = {"delineate.job.id": job.id, "delineate.streams": streams}
     tracing.start(f"deliver {job.status}", attributes=attributes, parent=parent, started=job.completed_at).end()
+
+
+def _recorded(context: SpanContext) -> bool:
+    """Whether a span of this process belongs into the trace of `context`."""
+    return tracing.enabled() and context.trace_flags.sampled
 
 
 def _context_of(traceparent: str, span_id: str) -> SpanContext | None:

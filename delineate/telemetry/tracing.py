@@ -116,7 +116,7 @@ def parse_traceparent(text: str) -> SpanContext | None:
     return remote_context(int(found[2], 16), int(found[3], 16), sampled=bool(int(found[4], 16) & TraceFlags.SAMPLED))
 
 
-def remote_context(trace_id: int, span_id: int, *, sampled: bool = True) -> SpanContext | None:
+def remote_context(trace_id: int, span_id: int, *, sampled: bool) -> SpanContext | None:
     """The context of a span elsewhere; None if there can be no such ids."""
     found = SpanContext(trace_id, span_id, is_remote=True, trace_flags=_SAMPLED if sampled else _UNSAMPLED)
     return found if found.is_valid else None

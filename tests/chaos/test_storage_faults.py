@@ -26,7 +26,7 @@ from delineate.job import Job, JobStatus, Upload, new_job_id
 from delineate.storage import Storage, open_storage
 from delineate.worker.janitor import Janitor
 from tests.conftest import CONF
-from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port
+from tests.servers import ACCESS_KEY, SECRET_KEY, ServerProcess, free_port, store_of_its_own
 from tests.storage.proxy import Exchange, Fault, FaultyProxy, answers, cuts, loses, passes, stalls
 from tests.worker.test_worker import Bench, bench, worker_process, working
 
@@ -122,11 +122,7 @@ async def rig(config: Config, port: int | None = None, **storage: object) -> Asy
 @pytest.fixture
 def own_store(tmp_path: Path) -> Iterator[ServerProcess]:
     """A store that a test may kill."""
-    for bucket in ("files", "archives"):
-        (tmp_path / "s3" / bucket).mkdir(parents=True)
-    port = free_port()
-    command = s3_command(tmp_path / "s3", port)
-    server = ServerProcess(command, port, tmp_path / "s3.log", s3_environment(ACCESS_KEY, SECRET_KEY))
+    server = store_of_its_own(tmp_path, ACCESS_KEY, SECRET_KEY)
     server.start()
     yield server
     server.stop()

@@ -20,13 +20,13 @@ from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from delineate.config import Config
-from delineate.embedded import redis_command, s3_command, s3_environment
+from delineate.embedded import redis_command
 from delineate.storage import open_storage
 from tests.collector import collecting
 from tests.conftest import unique_config
 from tests.nginx.test_serve import Serve
 from tests.proxies.fronts import end
-from tests.servers import ServerProcess, free_port, wait_until
+from tests.servers import ServerProcess, free_port, store_of_its_own, wait_until
 
 PASSWORD, ACCESS_KEY, SECRET_KEY = "redis-password-7f3a", "access-key-7f3a", "secret-key-7f3a"
 AGENT, ADDRESS, NAME, QUERY = "Agent-7f3a/1.0", "203.0.113.77", "Kündigung 7f3a.pdf", "query-7f3a"
@@ -45,11 +45,7 @@ def redis(tmp_path: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def s3(tmp_path: Path) -> Iterator[ServerProcess]:
-    for bucket in ("files", "archives"):
-        (tmp_path / "s3" / bucket).mkdir(parents=True)
-    port = free_port()
-    command = s3_command(tmp_path / "s3", port)
-    server = ServerProcess(command, port, tmp_path / "s3.log", s3_environment(ACCESS_KEY, SECRET_KEY))
+    server = store_of_its_own(tmp_path, ACCESS_KEY, SECRET_KEY)
     server.start()
     yield server
     server.stop()
